@@ -1,0 +1,1483 @@
+"""Train a GPT-2 by yourself, in one file that you can read in an evening.
+
+    python train_gpt2.py                              # offline: writes little stories, learns to tell them, 3 minutes
+    python train_gpt2.py --n_layer=2 --max_steps=500  # every setting below is also an option; --help lists them
+    python train_gpt2.py --preset=gpt2                # GPT-2 124M, once `python prepare_data.py fineweb_edu` has run
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2      # the same run on eight GPUs
+    python train_gpt2.py --help
+
+Part 1 is the lesson: settings, the model, batches, the schedule and the optimizer, the loop. Part 2 is the machinery
+(formats, devices, checkpoints, the command line); skip it on a first reading.
+
+Papers that the comments cite: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"),
+GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 2017, "Attention Is All You Need").
+"""
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import typing
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ======================================================================================================================
+# PART 1: THE LESSON
+# ======================================================================================================================
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    # Edit these, or give them as options: --max_steps=200. As they stand they are the preset `stories`.
+    preset: str = "stories"  # a row of PRESETS, which changes some of the settings below
+    data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
+    out_dir: str = ""  # where the run is kept; empty: out/<preset>
+    init_from: str = ""  # start from these weights: a checkpoint
+    overwrite: bool = False  # start over in out_dir, where a run of other settings would take the next free folder
+    seed: int = 1  # decides the first weights, the order of the data and dropout
+    # the machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32
+    compile_model: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA, where it pays
+    attention: Literal["flash", "manual"] = "flash"  # one fused kernel, or the five lines that it stands for
+    deterministic: bool = False  # the same bits again on a GPU too, more slowly
+    # the batch
+    rows: Literal["stream", "documents"] = "documents"  # cut the text every block_size tokens, or a document a row
+    batch_size: int = 16  # rows that a process handles at once: lower it when memory runs out
+    block_size: int = 96  # tokens in a row: how far the model can look back; the longest story has 95
+    total_batch_size: int | None = None  # tokens per optimizer step over all processes; None: batch_size * block_size
+    grad_accum_steps: int | None = None  # another way to say it: total = batch_size * block_size * this
+    # the optimization
+    max_steps: int = 2400  # optimizer steps in the whole run
+    warmup_steps: int = 50  # the rate rises for so many steps
+    learning_rate: float = 6e-3  # its peak: small models bear high rates
+    min_lr: float = 0.0  # where the cosine ends
+    weight_decay: float = 0.1  # GPT-3 paper, appendix B
+    beta1: float = 0.9
+    beta2: float = 0.95  # GPT-3 paper, appendix B
+    grad_clip: float = 1.0  # the longest gradient allowed (GPT-3 paper, appendix B); 0: any length
+    dropout: float = 0.0  # zeroes this share of activations in training; worth it where data is seen many times
+    # the model
+    n_layer: int = 3
+    n_head: int = 4
+    n_embd: int = 96  # the width: numbers that describe one token
+    pos_encoding: Literal["learned", "sinusoidal"] = "learned"
+    activation: Literal["gelu", "relu"] = "gelu"
+    # what is shown, and how often (in steps)
+    eval_only: bool = False  # measure the checkpoint, or init_from, and train nothing
+    eval_every: int = 200
+    eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
+    sample_every: int = 800
+    checkpoint_every: int = 400
+    log_every: int = 20
+
+
+# Each preset lists what it changes. Larger sisters of gpt2 take the rates of the GPT-3 paper, table 2.1.
+_CHARS = dict(data_dir="data/shakespeare", rows="stream", weight_decay=0.1, beta2=0.99)
+_GPT2 = dict(
+    data_dir="data/fineweb_edu", rows="stream", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
+    total_batch_size=524_288, max_steps=19_073, warmup_steps=715, learning_rate=6e-4, min_lr=6e-5, eval_every=250,
+    eval_tokens=10_485_760, sample_every=1000, checkpoint_every=1000, log_every=10)  # 2^19 tokens * 19,073 = 10 billion
+PRESETS = {
+    "stories": {},
+    "shakespeare_char": _CHARS | dict(  # nanoGPT's recipe, made for one GPU
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000, warmup_steps=100,
+        learning_rate=1e-3, min_lr=1e-4, eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
+    "shakespeare_cpu": _CHARS | dict(
+        n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=1200, warmup_steps=50,
+        learning_rate=4e-3, eval_every=400, sample_every=400, checkpoint_every=400, log_every=20),
+    "tinystories_char": dict(
+        data_dir="data/tinystories", rows="stream", n_layer=4, n_head=4, n_embd=64, block_size=32, activation="relu",
+        batch_size=16, max_steps=10_000, warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, eval_every=500,
+        eval_tokens=200_000, sample_every=2500, checkpoint_every=2500, log_every=100),
+    "gpt2_nano": dict(
+        data_dir="data/fineweb_edu_bpe", rows="stream", n_layer=12, n_head=8, n_embd=512, block_size=1024,
+        pos_encoding="sinusoidal", activation="relu", batch_size=32, max_steps=10_000, warmup_steps=200,
+        learning_rate=3e-4, eval_every=500, eval_tokens=1_048_576, sample_every=1000, checkpoint_every=1000),
+    "gpt2_mini": dict(
+        data_dir="data/fineweb_edu", rows="stream", n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=16,
+        total_batch_size=65_536, max_steps=7629, warmup_steps=200, learning_rate=1e-3, min_lr=1e-4, eval_every=250,
+        eval_tokens=1_048_576, sample_every=1000, checkpoint_every=500, log_every=10),  # 65,536 * 7,629 = 0.5 billion
+    "gpt2": _GPT2,
+    "gpt2_medium": _GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, batch_size=16, learning_rate=3e-4, min_lr=3e-5),
+    "gpt2_large": _GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, batch_size=8, learning_rate=2.5e-4, min_lr=2.5e-5),
+    "gpt2_xl": _GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, learning_rate=2e-4, min_lr=2e-5),
+}
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+# In the comments on shapes: B rows in a batch, T tokens in a row, C = n_embd, V = vocab_size.
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model: everything that must be known to rebuild it around its weights."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    pos_encoding: str = "learned"
+    activation: str = "gelu"
+    attention: str = "flash"
+
+    def check(self):
+        """Raises UserError for a shape that cannot be built."""
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 2**24:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1 (at most 2^24)")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.pos_encoding == "sinusoidal" and self.n_embd % 2:
+            raise UserError(f"sinusoidal positions come in pairs: n_embd ({self.n_embd}) must be even")
+        if not isinstance(self.dropout, float | int) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout!r}: it must be at least 0 and below 1")
+        for name, allowed in (("pos_encoding", ("learned", "sinusoidal")), ("activation", ("gelu", "relu")),
+                              ("attention", ("flash", "manual"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be {' or '.join(allowed)}")
+
+
+def attend(q, k, v, dropout=0.0, flash=True):
+    """Scaled dot-product attention (Attention paper, section 3.2.1): every token takes a weighted mean of the values
+    of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
+    the shape of q."""
+    causal = q.size(-2) > 1  # a single new token may look at everything before it, so it needs no mask
+    if flash:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, T); the root keeps their spread near 1
+    if causal:  # above the diagonal lies the future, which must not help: e^-inf is a weight of 0
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # (T, T)
+        scores = scores.masked_fill(future, float("-inf"))
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, T); each row adds up to 1
+    return weights @ v  # (B, n_head, T, head_dim)
+
+
+class CausalSelfAttention(nn.Module):
+    """The part where tokens exchange information. Each asks (q), offers a key (k) and hands over a value (v);
+    n_head such exchanges run side by side, each in its own slice of the width."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.flash = config.n_head, config.dropout, config.attention == "flash"
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        # each (B, n_head, T, head_dim)
+        if cache is not None:  # only when sampling: the keys and values of the tokens before these
+            k, v = cache.extend(self, k, v)  # (B, n_head, tokens so far, head_dim)
+        y = attend(q, k, v, self.dropout if self.training else 0.0, self.flash)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """The part where each token thinks for itself: four times as wide inside (GPT paper, section 4.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        # GPT-2's GELU is the tanh approximation (Hendrycks & Gimpel 2016, section 2)
+        self.act = nn.GELU(approximate="tanh") if config.activation == "gelu" else nn.ReLU()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """x + attention, then x + MLP. The sums leave a straight road for the gradient from the loss to the embeddings;
+    the norms stand on the side roads (GPT-2 paper, section 2.3), so that deep stacks train."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+def sinusoids(block_size, n_embd):
+    """(block_size, n_embd): sines and cosines of falling frequency (Attention paper, section 3.5), scaled to the size
+    of the embeddings they are added to: at their own size of 1 they would drown embeddings of 0.02, and the model
+    would learn nothing beyond the frequencies of tokens."""
+    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
+    frequency = 10_000 ** (-torch.arange(0, n_embd, 2, dtype=torch.float32) / n_embd)  # (C/2,)
+    angle = position * frequency  # (T, C/2)
+    return 0.02 * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # a sine's rms is 1/sqrt(2)
+
+
+class GPT(nn.Module):
+    """GPT-2: token ids in, for each position the logits of the next token out.
+
+    `model(idx, targets)` takes (B, T) int64 ids and returns `(logits, loss)`: logits (B, T, vocab_size), and the mean
+    loss in nats a token over the targets that are not -1. Without targets the loss is None. Raises UserError for a
+    config that cannot be built and ValueError for rows longer than block_size."""
+
+    def __init__(self, config):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.tokenizer = None  # from_checkpoint sets it; generate() needs it to take and return text
+        self.starts_documents = False  # does a prompt need <|endoftext|> before it? True after rows="documents"
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token ...
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # ... and one for each position
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        for name, parameter in self.named_parameters():
+            # 0.02: GPT paper, section 4.1. Each of the 2 * n_layer residual additions widens the sum, and would by
+            # sqrt(2 * n_layer) in all, if the projections that feed it did not start smaller (GPT-2 paper, section 2.3).
+            scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02 * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if config.pos_encoding == "sinusoidal":
+            self.transformer.wpe.weight = nn.Parameter(sinusoids(config.block_size, config.n_embd), requires_grad=False)
+
+    def forward(self, idx, targets=None, cache=None):
+        start = cache.length if cache is not None else 0
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
+        position = torch.arange(start, start + T, device=idx.device)  # (T,)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        logits = self.unembed(self.transformer.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # float32: a mean over many tokens needs more than bfloat16's three digits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def unembed(self, x):
+        """(B, T, C) -> (B, T, V): how well does each token's embedding fit what the network wants to say? The matrix
+        is the embedding's own (weight tying, Press & Wolf 2017): 38M parameters saved in GPT-2, and better loss."""
+        weight = self.transformer.wte.weight  # (V, C)
+        V = weight.size(0)
+        if x.is_cuda and V % 64:  # 50,257 is odd: tensor cores want multiples of 64, so the product gets zeros to fill
+            return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]
+        return F.linear(x, weight)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
+        """Yields (token, logits), `max_new_tokens` times: the chosen next token of every row, (B,) int64, and the
+        logits that it was chosen from, (B, V) float32. idx is (B, T) int64, T at least 1.
+
+        A full context makes room by a fixed rule: the older half is forgotten, the newer half is read again from
+        position 0, and the text goes on from there. A prompt longer than block_size keeps its end."""
+        generator = torch.Generator(idx.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        was_training = self.training
+        self.eval()
+        try:
+            idx = idx[:, -self.config.block_size:]
+            cache, fresh = KVCache(self, len(idx)), idx
+            for _ in range(max_new_tokens):
+                if cache.length + fresh.size(1) > self.config.block_size:
+                    cache, fresh = KVCache(self, len(idx)), idx[:, -max(1, self.config.block_size // 2):]
+                logits = self.logits_of_last(fresh, cache).float()  # (B, V)
+                fresh = pick(logits, temperature, top_k, top_p, generator)  # (B, 1)
+                idx = torch.cat((idx, fresh), dim=1)
+                yield fresh[:, 0], logits
+        finally:
+            self.train(was_training)
+
+    def logits_of_last(self, idx, cache):
+        """(B, T) -> (B, V): reads the tokens into the cache, and unembeds the last one only."""
+        position = torch.arange(cache.length, cache.length + idx.size(1), device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        cache.length += idx.size(1)
+        return self.unembed(self.transformer.ln_f(x[:, -1:]))[:, 0]
+
+    def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=None):
+        """Text in, text out (with its prompt, ending before <|endoftext|>); or a (B, T) tensor of ids in and a
+        (B, T + max_new_tokens) tensor out. Temperature 0 takes the likeliest token; top_k and top_p keep only the
+        likeliest tokens to choose from. The same seed gives the same text. `stream` states what happens to texts
+        longer than block_size. Raises UserError for a prompt that the vocabulary cannot write."""
+        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        if isinstance(prompt, torch.Tensor):
+            return torch.cat([prompt, *(t[:, None] for t, _ in self.stream(prompt, max_new_tokens, **options))], dim=1)
+        ids = self.encode_prompt(prompt)
+        new = []
+        for token, _ in self.stream(torch.tensor([ids], device=self.device), max_new_tokens, **options):
+            if token.item() == self.tokenizer.eot:
+                break
+            new.append(token.item())
+        return prompt + self.tokenizer.decode(new)
+
+    def encode_prompt(self, text):
+        """The ids to begin with: an empty prompt begins a document, and so does every prompt if the model was trained
+        on rows that all do."""
+        if self.tokenizer is None:
+            raise UserError("this model carries no tokenizer: give token ids, or load it with GPT.from_checkpoint")
+        ids = self.tokenizer.encode(text)
+        return ids if ids and not self.starts_documents else self.tokenizer.document_start + ids
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    def num_parameters(self):
+        """How many numbers are learned. The embedding serves twice, and counts once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @classmethod
+    def from_checkpoint(cls, path, device="cpu"):
+        """The model in a checkpoint that training wrote, ready to sample from. Raises UserError if it is none."""
+        checkpoint = load_checkpoint(path)
+        model = cls(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        model.tokenizer = Tokenizer(checkpoint["tokenizer"])
+        model.starts_documents = checkpoint["settings"].get("rows") == "documents"
+        return model.to(device).eval()
+
+
+class KVCache:
+    """The keys and values of all tokens so far: they never change, so each is computed once. Without it every new
+    token would send the whole text through the network again."""
+
+    def __init__(self, model, batch):
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)  # keys, values
+        self.store = {block.attn: torch.empty(shape, dtype=weight.dtype, device=weight.device)
+                      for block in model.transformer.h}
+        self.length = 0  # tokens in it; the model moves it on once all layers have seen the new ones
+
+    def extend(self, layer, k, v):
+        """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
+        keys, values = self.store[layer]
+        end = self.length + k.size(2)
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, V) logits -> (B, 1) ids. First temperature, then top-k (Fan et al. 2018), then top-p, which keeps the
+    smallest set of tokens that holds that share of probability (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < weakest, float("-inf"))
+    probs = F.softmax(logits, dim=-1)  # (B, V)
+    if top_p is not None and top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier tokens
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+# ---- Batches from shards ---------------------------------------------------------------------------------------------
+
+
+class ShardedLoader:
+    """Rows of tokens from a folder of shards, which stay on disk and are mapped into memory.
+
+    Row number g is a pure function of (seed, g, the shards, block_size): `batch(first, count)` needs no state, so a
+    run can stop and go on anywhere, on any number of processes. Each epoch sees every row once: shards in shuffled
+    order and rows shuffled inside a shard. `rows="stream"` cuts the tokens every block_size, beginning at another
+    place each epoch; `rows="documents"` gives each document its own row. seed=None keeps the order of the text, for
+    evaluation. Raises UserError where the folder holds no such shards or too few tokens for one row."""
+
+    def __init__(self, data_dir, split, block_size, rows="stream", seed=None, vocab_size=50257, eot=50256):
+        self.paths = shard_paths(data_dir)[split]
+        self.shards = [read_shard(path) for path in self.paths]
+        self.block_size, self.seed, self.vocab_size, self.eot = block_size, seed, vocab_size, eot
+        self.documents = rows == "documents"
+        if self.documents and eot is None:
+            raise UserError(f"{data_dir} is one text without <|endoftext|>: it has no documents; use --rows=stream")
+        self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
+        self.counts = [self._count(i) for i in range(len(self.shards))]
+        self.rows_per_epoch = sum(self.counts)
+        if not self.rows_per_epoch:
+            raise UserError(f"the {split} split in {data_dir} has {sum(map(len, self.shards)):,} tokens: too few for one "
+                            f"row of block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more text")
+
+    def _count(self, shard):
+        """Rows of a shard in every epoch. A stream in training keeps one row's length free to shift its cuts."""
+        fit = (len(self.shards[shard]) - 1) // self.block_size
+        if self.documents or self.seed is None:
+            return len(self.cuts(0, shard)[0])
+        return fit - 1 if fit > 1 else fit
+
+    def _cuts(self, epoch, shard):
+        """Where the rows of a shard begin and how many targets each has, in the order of this epoch."""
+        n, T = len(self.shards[shard]), self.block_size
+        if self.documents:  # from each <|endoftext|> to the next; longer ones go on in rows of their own
+            marks = np.flatnonzero(self.shards[shard] == self.eot)
+            marks = np.unique(np.concatenate(([0], marks, [n - 1])))
+            pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
+            index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. in each
+            starts = np.repeat(marks[:-1], pieces) + T * index
+            lengths = np.minimum(T, np.repeat(marks[1:], pieces) - starts)
+        elif self.seed is None:
+            starts = np.arange(0, n - 1, T)
+            lengths = np.minimum(T, n - 1 - starts)
+        else:
+            count = self._count(shard)
+            shift = self.rng(epoch, shard, 0).integers(0, min(T, n - count * T))
+            starts = shift + T * np.arange(count)
+            lengths = np.full(count, T)
+        if self.seed is not None:
+            order = self.rng(epoch, shard, 1).permutation(len(starts))
+            starts, lengths = starts[order], lengths[order]
+        return starts, lengths
+
+    def targets_before(self, row):
+        """How many targets the rows 0 to row - 1 hold."""
+        if not self.documents:
+            return row * self.block_size
+        epochs, rest = divmod(row, self.rows_per_epoch)
+        whole = sum(int(self.cuts(0, shard)[1].sum()) for shard in range(len(self.shards)))
+        return epochs * whole + sum(self.locate(epochs * self.rows_per_epoch + i)[2] for i in range(rest))
+
+    def rng(self, *key):
+        return np.random.default_rng([self.seed, *key])
+
+    def locate(self, row):
+        """Row number -> (shard, first token, number of targets)."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        order = range(len(self.shards)) if self.seed is None else self.rng(epoch).permutation(len(self.shards))
+        for shard in order:
+            if row < self.counts[shard]:
+                starts, lengths = self.cuts(epoch, int(shard))
+                return int(shard), int(starts[row]), int(lengths[row])
+            row -= self.counts[shard]
+
+    def batch(self, rows):
+        """For a list of row numbers: inputs and targets, both (B, T) int64 tensors, T the longest of these rows. Each
+        target is the token after its input; past the end of a shorter row targets are -1, which the loss ignores."""
+        places = [self.locate(row) for row in rows]
+        T = max(length for _, _, length in places)
+        x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64)
+        for i, (shard, start, length) in enumerate(places):
+            tokens = self.shards[shard][start:start + length + 1]
+            if tokens.max() >= self.vocab_size:
+                raise UserError(f"{self.paths[shard]} holds token {tokens.max()}, but the vocabulary ends at "
+                                f"{self.vocab_size - 1}: prepare the data again, or mend its meta.json")
+            x[i, :length], y[i, :length] = tokens[:-1], tokens[1:]
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def step_batches(loader, s, plan, world):
+    """The part of step s's batch that falls to this process: a list of (x, y) micro-batches, and the number of targets
+    in the whole step, which every process works out alike."""
+    first = s * plan.rows_per_step
+    targets = sum(loader.locate(row)[2] for row in range(first, first + plan.rows_per_step))
+    share = plan.rows_per_step // world.size
+    mine = [first + world.rank * share + i for i in range(share)]
+    batches = [loader.batch(mine[i:i + plan.micro_rows]) for i in range(0, share, plan.micro_rows)]
+    if world.device.type == "cuda":  # pinned memory lets the copy run while the GPU computes
+        batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+    return [(x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)) for x, y in batches], targets
+
+
+def prefetch(make, start, stop):
+    """Yields make(start), make(start + 1), ...: a thread prepares each while the one before is being used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(make, start)
+        for s in range(start, stop):
+            ready = future.result()
+            if s + 1 < stop:
+                future = pool.submit(make, s + 1)
+            yield ready
+
+
+# ---- Schedule and optimizer ------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, s):
+    """Linear warm-up, because Adam's first averages come from few gradients, then a cosine from learning_rate down to
+    min_lr (GPT paper, section 4.1): large steps to get there, small ones to settle."""
+    if step < s.warmup_steps:
+        return s.learning_rate * (step + 1) / s.warmup_steps
+    progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)  # 0 -> 1
+    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(model, s, device):
+    """AdamW (Loshchilov & Hutter 2019). Decay pulls the matrices towards 0, which keeps them from growing without need;
+    biases and norms are few and set the scale of things, so they are left alone."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
+              {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
+    # fused: one kernel for all parameters rather than several for each
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=1e-8,
+                             fused=device.type in ("cuda", "cpu"))
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
+def train(s, world):
+    """The whole of training: read a batch, measure the loss, step downhill, again. `s` holds the settings, `world` the
+    devices and processes. Row s of the log describes the weights after s steps. Returns the exit status."""
+    data = open_data(s.data_dir)
+    torch.manual_seed(s.seed)
+    raw_model, data = build_model(s, data, world)
+    plan = plan_batch(s, world)
+    optimizer = make_optimizer(raw_model, s, world.device)
+    run = Run(s, raw_model, optimizer, data, world)
+    start = run.resume_or_begin()
+    loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
+    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
+    model = compiled_and_parallel(raw_model, s, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    run.announce(plan, loader, validation)
+    raw_model.train()
+
+    def make(step):
+        return step_batches(loader, step, plan, world)
+
+    with run.interruptible(), contextlib.closing(prefetch(make, start, s.max_steps)) as batches:
+        for step in range(start, s.max_steps + 1):
+            last = step == s.max_steps
+            if step > start and (last or step % s.checkpoint_every == 0):
+                run.save(step)
+            if last or step % s.eval_every == 0:
+                run.evaluated(step, *evaluate(raw_model, validation, s, world, data.token_bytes))
+            if last or (step and step % s.sample_every == 0):
+                run.show_sample(step)
+            if last:
+                break
+
+            lr = learning_rate(step, s)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            micro_batches, targets_in_step = next(batches)
+            loss_sum = torch.zeros((), device=world.device)
+            for micro_step, (x, y) in enumerate(micro_batches):
+                # Seeded afresh, so that dropout too depends on nothing but the place in the run
+                torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
+                # DDP averages the gradients of all processes when the last micro-batch is done, not before
+                with world.autocast(), world.accumulating(model, micro_step < len(micro_batches) - 1):
+                    _, loss = model(x, y)
+                    # A mean over this micro-batch becomes its share of the mean over the whole step
+                    loss = loss * ((y != -1).sum() / targets_in_step)
+                    scaler.scale(loss * world.size).backward()
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizer)
+            # A rare batch can give a huge gradient; clipping keeps its direction and bounds the step
+            grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            run.after_step(step, targets_in_step, loss_sum, lr, grad_norm)
+            if run.stop_requested(step):
+                return run.stopped(step + 1)
+    return run.finished()
+
+
+# ======================================================================================================================
+# PART 2: THE MACHINERY (skip this on a first reading)
+# ======================================================================================================================
+
+
+class UserError(Exception):
+    """A mistake that its maker can mend. `reports_mistakes` turns it into one line and exit status 2."""
+
+
+def reports_mistakes(main):
+    """Decorates a script's main(): a UserError becomes `error: ...` on stderr; anything else is a bug and stays one."""
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":  # under torchrun all processes meet the same mistake: say it once
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+    return wrapper
+
+
+def mix(*numbers):
+    """One 64-bit seed from several whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ---- Tokenizer -------------------------------------------------------------------------------------------------------
+
+END_OF_TEXT = "<|endoftext|>"
+# How GPT-2 cuts text into words before it merges bytes (GPT-2 paper, section 2.2): English endings, letters, digits
+# and other signs, each with the space before it, then white space. The pattern is part of the published tokenizer.
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class Tokenizer:
+    """Text <-> token ids. `spec` is what meta.json and checkpoints keep of it, one of
+    {"kind": "gpt2"}: OpenAI's 50,257 tokens, through tiktoken;
+    {"kind": "bpe", "ranks": [...]}: a hand-trained byte-level BPE, its tokens in order, a character for each byte;
+    {"kind": "char", "alphabet": "..."}: the characters of one corpus.
+    `eot` is the id of <|endoftext|>, None for char; it never comes out of encoding text. Raises UserError for a spec
+    that is none of these, and where GPT-2's vocabulary cannot be loaded."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        kind = spec.get("kind") if isinstance(spec, dict) else None
+        if kind == "char" and isinstance(spec.get("alphabet"), str) and spec["alphabet"]:
+            self.alphabet, self.eot = spec["alphabet"], None
+            self.ids = {character: i for i, character in enumerate(self.alphabet)}
+            self.vocab_size = len(self.alphabet)
+        elif kind == "bpe":
+            try:
+                tokens = [token.encode("latin-1") for token in spec["ranks"]]
+            except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+                raise UserError("a bpe tokenizer needs `ranks`, a list of strings with a character for each byte") from None
+            if len(set(tokens)) != len(tokens) or len({t for t in tokens if len(t) == 1}) != 256:
+                raise UserError("the `ranks` of a bpe tokenizer must be distinct and hold all 256 bytes")
+            import tiktoken
+            self.eot, self.vocab_size = len(tokens), len(tokens) + 1
+            self.encoding = tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: self.eot},
+                                              mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        elif kind == "gpt2":
+            self.encoding, self.eot, self.vocab_size = gpt2_encoding(), 50256, 50257
+        else:
+            raise UserError(f"unknown tokenizer {str(spec)[:60]!r}: expected kind gpt2, bpe with ranks, or char with alphabet")
+
+    @property
+    def document_start(self):
+        """The ids after which a document begins: <|endoftext|>, or a line break in a corpus of characters."""
+        return [self.eot] if self.eot is not None else [self.ids.get("\n", 0)]
+
+    def encode(self, text):
+        """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
+        if self.eot is not None:  # <|endoftext|> inside a text is text like any other
+            return self.encoding.encode_ordinary(text)
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as error:
+            raise UserError(f"the vocabulary of {self.vocab_size} characters has no {error.args[0]!r}; it has: "
+                            f"{''.join(c for c in self.alphabet if c.isprintable())[:200]}") from None
+
+    def decode_bytes(self, ids):
+        """ids -> bytes, which may end inside a character."""
+        if self.eot is None:
+            return "".join(self.alphabet[i] for i in ids).encode("utf-8")
+        return self.encoding.decode_bytes(ids)
+
+    def decode(self, ids):
+        """ids -> str, with U+FFFD for bytes that are no UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        """(vocab_size,) int64: how many bytes of text each token stands for; <|endoftext|> for none."""
+        return np.array([0 if i == self.eot else len(self.decode_bytes([i])) for i in range(self.vocab_size)])
+
+
+@functools.cache
+def gpt2_encoding():
+    """tiktoken's GPT-2. Raises UserError where its vocabulary is not cached and cannot be downloaded."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        raise UserError(f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+                        f"folder that has it, or use --tokenizer=bpe when preparing data, which needs no network") from None
+
+
+# ---- Shards and meta.json --------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # llm.c's numbers: 256 int32 of header, then uint16 tokens, little-endian
+
+
+def write_shard(path, tokens):
+    """Writes a list or array of token ids, each below 65,536, as one shard, atomically."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    write_atomically(path, lambda file: (file.write(header.tobytes()),
+                                         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)))
+
+
+def read_shard(path):
+    """The tokens of a shard as a memory map, (n,) uint16. Raises UserError for a file that is no whole shard."""
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, "<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is no shard (256 int32, magic {SHARD_MAGIC}, version {SHARD_VERSION}): "
+                        "make it with prepare_data.py")
+    count = int(header[2])
+    if count < 1 or size != 1024 + 2 * count:
+        raise UserError(f"{path} says {count:,} tokens, but has room for {(size - 1024) // 2:,}: it was cut short or "
+                        "changed; prepare it again")
+    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(count,))
+
+
+def shard_paths(data_dir):
+    """{"train": [...], "val": [...]}: every .bin file in the folder; the last of both words in its name decides."""
+    paths = {"train": [], "val": []}
+    for path in sorted(Path(data_dir).glob("*.bin")):
+        words = re.findall("train|val", path.name)
+        if words:
+            paths[words[-1]].append(path)
+    for split, found in paths.items():
+        if not found:
+            raise UserError(f"no {split} shards (*_{split}_*.bin) in {data_dir}; {how_to_prepare(data_dir)}")
+    return paths
+
+
+def how_to_prepare(data_dir):
+    """The command that makes a preset's data, for messages."""
+    commands = {"stories": "", "shakespeare": " shakespeare", "tinystories": " tinystories",
+                "fineweb_edu": " fineweb_edu", "fineweb_edu_bpe": " fineweb_edu --tokenizer=bpe --vocab_size=9157 "
+                "--max_tokens=99_000_000"}
+    name = Path(data_dir).name
+    if name not in commands:
+        return "make them with: python prepare_data.py FILE.txt --out_dir=" + str(data_dir)
+    return f"make them with: python prepare_data.py{commands[name]}"
+
+
+@dataclass
+class Data:
+    """What meta.json says of a folder of shards."""
+
+    meta: dict
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self):
+        return self.tokenizer.vocab_size
+
+    @property
+    def eot(self):
+        return self.tokenizer.eot
+
+    @functools.cached_property
+    def token_bytes(self):
+        return torch.from_numpy(self.tokenizer.token_bytes())
+
+
+def open_data(data_dir):
+    """Reads meta.json; a folder of shards without one is taken as GPT-2 tokens. Raises UserError where there is no
+    data, or where meta.json is not what prepare_data.py writes."""
+    path = Path(data_dir) / "meta.json"
+    if not path.parent.is_dir():
+        raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
+    if not path.exists():
+        shard_paths(data_dir)
+        return Data({"dataset": path.parent.name}, Tokenizer({"kind": "gpt2"}))
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta["dataset"], str) or not isinstance(meta["tokenizer"], dict):
+            raise KeyError("dataset, tokenizer")
+        float(meta.get("entropy_floor", 0)), [float(v) for v in meta.get("landmarks", {}).values()]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} is not what prepare_data.py writes ({type(error).__name__}: {error}); "
+                        f"{how_to_prepare(data_dir)}") from None
+    return Data(meta, Tokenizer(meta["tokenizer"]))
+
+
+# ---- Files and checkpoints -------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a file beside `path`, and moves it there once it is whole and on the disk: whoever looks
+    sees the old file or the new one, also after a power cut. Raises UserError where the disk does not take it."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, RuntimeError) and "write" not in str(error) and "file" not in str(error):
+            raise
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or 'the disk is full or failing'}): "
+                        "free some space or choose another folder; what was there before is whole") from None
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def load_checkpoint(path, look=False):
+    """The dict in a checkpoint, tensors on the CPU (with look=True still in the file: to look at and let go). Only plain data is ever unpickled, and shapes are checked against
+    the config before anything is allocated. Raises UserError for everything that is no whole checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; train one with: python train_gpt2.py")
+    try:
+        # mmap: tensors stay in the file until they are used, so a file that claims terabytes costs nothing yet
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can fail in any of a dozen ways
+        raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); use another, such as "
+                        "the best.pt beside it") from None
+    kinds = {"model": dict, "step": int, "config": dict, "settings": dict, "tokenizer": dict, "best_val_loss": float}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path} is no checkpoint of train_gpt2.py: it has no {key}")
+    check_weights(checkpoint["model"], checkpoint["config"], path)
+    return checkpoint if look else copy.deepcopy(checkpoint)  # into memory of its own: the file may be replaced while this is in use
+
+
+def check_weights(weights, config, path):
+    """Raises UserError unless the state dict has exactly the float tensors of a model of this config."""
+    try:
+        numbers = sum(t.numel() for t in weights.values())
+        if any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in weights.values()):
+            raise UserError(f"{path} is damaged: a tensor claims more numbers than the file holds")
+        if config.get("n_layer", 0) > len(weights) or config.get("vocab_size", 0) * config.get("n_embd", 0) > numbers:
+            raise UserError(f"{path} is damaged: its config does not fit its weights")
+        with torch.device("meta"):  # shapes without memory
+            expected = {name: t.shape for name, t in GPT(GPTConfig(**config)).state_dict().items()}
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: its model or config is malformed ({error})") from None
+    for name in expected.keys() ^ weights.keys():
+        raise UserError(f"{path} does not fit its own config: {name} is {'missing' if name in expected else 'too many'}")
+    for name, shape in expected.items():
+        if weights[name].shape != shape or not weights[name].is_floating_point():
+            raise UserError(f"{path} does not fit its own config: {name} is {tuple(weights[name].shape)}, "
+                            f"not {tuple(shape)}")
+
+
+# ---- Devices and processes -------------------------------------------------------------------------------------------
+
+
+class World:
+    """This process among its siblings (torchrun starts one for each GPU), and its device."""
+
+    def __init__(self, s):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0  # the one that writes and prints
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = pick_device(s.device, local)
+        self.dtype = pick_dtype(s.dtype, self.device)
+        if self.size > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if s.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
+
+    def autocast(self):
+        """Matrix products in world.dtype; everything that adds up many numbers stays float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def accumulating(self, model, more_to_come):
+        return model.no_sync() if self.size > 1 and more_to_come else contextlib.nullcontext()
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value):
+        """What the main process says (any plain value), on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def close(self):
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name, local_rank=0):
+    """CUDA, then MPS, then CPU; or the one named. Raises UserError where that one is not here."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in has if has[kind])
+    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
+    if not match:
+        raise UserError(f"device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps")
+    kind, number = match.groups()
+    if not has[kind]:
+        here = ", ".join(kind for kind in has if has[kind])
+        raise UserError(f"--device={name}: torch sees no {kind} here, only {here}; leave it out to take the best there is")
+    if kind != "cuda":
+        return torch.device(kind)
+    index = int(number) if number else local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(f"cuda:{index} is asked for, but there are {torch.cuda.device_count()} CUDA devices; start at "
+                        "most one process for each")
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name, device):
+    """bfloat16 where the hardware computes it natively and it is faster, float16 on older CUDA cards, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return torch.bfloat16
+    return torch.float32
+
+
+def compiled_and_parallel(model, s, world):
+    """The model that the training step calls: compiled, and wrapped for several processes. It shares the weights of
+    `model`, which evaluation and sampling go on using uncompiled, since their shapes vary."""
+    if s.compile_model is True or (s.compile_model == "auto" and world.device.type == "cuda"):
+        try:
+            compiled = torch.compile(model, dynamic=False if s.rows == "stream" else None)
+            idx = torch.zeros((1, 8), dtype=torch.int64, device=world.device)
+            compiled(idx, idx)  # a compiler that is missing shows only when it is called
+            model = compiled
+        except Exception as error:
+            if world.main:
+                print(f"warning: torch.compile does not work here ({type(error).__name__}), going on without it")
+    if world.size > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index] if world.device.index is not None
+                                                    else None)
+    return model
+
+
+def keep_memory():
+    """glibc hands large blocks back to the kernel after every step and gets them again page by page, which takes half
+    of a step with GPT-2's 200 MB of logits. Told so, it keeps them (mallopt(3)). Elsewhere than glibc: nothing."""
+    try:
+        import ctypes
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not cut back
+    except (OSError, AttributeError):
+        pass
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, loader, s, world, token_bytes):
+    """(loss in nats a token, bits per byte) over the validation rows: always the same ones, spread over processes."""
+    rows = range(loader.rows_per_epoch)
+    if s.eval_tokens is not None:
+        rows = rows[:max(1, s.eval_tokens // s.block_size)]
+    mine = rows[world.rank::world.size]
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    model.eval()
+    for i in range(0, len(mine), s.batch_size):
+        x, y = loader.batch(mine[i:i + s.batch_size])
+        with world.autocast():
+            _, loss = model(x.to(world.device), y.to(world.device))
+        known = y[y != -1]
+        sums += torch.tensor([loss.item() * len(known), len(known), token_bytes[known].sum()], dtype=torch.float64)
+    model.train()
+    # NCCL adds up on the GPU; where there is one process nothing moves
+    nats, tokens, size = world.sum(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
+    return nats / tokens, nats / math.log(2) / size if size else math.nan
+
+
+def matmul_speed(device, dtype, n=2048):
+    """Operations a second of this machine at an n x n x n product, the median of ten: what is there to be used."""
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ b
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / statistics.median(seconds[2:])  # the first two warm up
+
+
+def operations_per_token(model):
+    """6 for each parameter that multiplies, 12 * n_layer * n_embd * T for attention (PaLM, Chowdhery et al. 2022,
+    appendix B): 2 forwards, 4 backwards. Position embeddings are only added."""
+    c = model.config
+    learned_positions = c.block_size * c.n_embd if c.pos_encoding == "learned" else 0
+    return 6 * (model.num_parameters() - learned_positions) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+# ---- A run and its folder --------------------------------------------------------------------------------------------
+
+FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps", "compile_model", "deterministic",
+                 "eval_only", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "log_every"}
+LOG_COLUMNS = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_second,seconds".split(",")
+RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", ".lock"}
+
+
+@dataclass
+class Plan:
+    rows_per_step: int  # over all processes
+    micro_rows: int  # that one process handles at once
+
+
+def plan_batch(s, world):
+    """How the rows of a step are dealt. Raises UserError where they do not divide."""
+    rows, rest = divmod(s.total_batch_size, s.block_size)
+    if rest or rows < 1:
+        raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size ({s.block_size:,})")
+    share, rest = divmod(rows, world.size)
+    if rest:
+        raise UserError(f"a step has {rows} rows, which {world.size} processes cannot share evenly: make total_batch_size "
+                        f"a multiple of {s.block_size * world.size:,}, or start another number of processes")
+    micro = min(s.batch_size, share)
+    if share % micro:
+        raise UserError(f"{share} rows a process and step do not divide into micro-batches of batch_size {s.batch_size}: "
+                        f"make total_batch_size a multiple of {s.batch_size * s.block_size * world.size:,}")
+    return Plan(rows, micro)
+
+
+def build_model(s, data, world):
+    """A new model of the settings' shape for this vocabulary, or the one in --init_from, on the device. Returns it
+    with the data, whose tokenizer it has to share."""
+    if s.init_from:
+        checkpoint = load_checkpoint(s.init_from)
+        if checkpoint["tokenizer"] != data.tokenizer.spec:
+            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with the other one")
+        config = GPTConfig(**checkpoint["config"] | dict(dropout=s.dropout, attention=s.attention))
+        if s.block_size > config.block_size:
+            raise UserError(f"block_size {s.block_size} is more than the {config.block_size} positions of {s.init_from}")
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+    else:
+        names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+        config = GPTConfig(vocab_size=data.vocab_size, **{name: getattr(s, name) for name in names})
+        config.check()
+        needed = 4 * (config.block_size + config.vocab_size + 12 * config.n_layer * config.n_embd) * config.n_embd
+        if needed > 2**40:
+            raise UserError(f"a model of this shape takes {needed / 1e9:,.0f} GB: lower n_layer, n_embd or block_size")
+        model = GPT(config)
+    model.tokenizer, model.starts_documents = data.tokenizer, s.rows == "documents"
+    return model.to(world.device), data
+
+
+def same_run(settings, other):
+    """Do two dicts of settings lead to the same weights?"""
+    return all(settings.get(name) == other.get(name) for name in settings.keys() | other.keys() if name not in FREE_SETTINGS)
+
+
+def lock(folder):
+    """Claims a folder for this process until it ends, however it ends: the system keeps the lock, not the file.
+    Returns the open file, or None where another process has it."""
+    file = open(folder / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def choose_folder(s):
+    """(folder, checkpoint to go on from or None, lock): the unfinished run of these settings, or the next free folder.
+    Raises UserError where that run is still alive, or the folder cannot be written."""
+    base = Path(s.out_dir or f"out/{s.preset}")
+    for number in range(1, 10_000):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            strange = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} - RUN_FILES
+            lock_file = lock(folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
+        saved = folder / "ckpt.pt"
+        alike = not saved.exists() or same_run(load_checkpoint(saved, look=True)["settings"], dataclasses.asdict(s))
+        if lock_file is None and (alike or s.overwrite):
+            raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
+        if lock_file is None:
+            continue
+        if s.overwrite or (not saved.exists() and not strange):
+            return folder, None, lock_file
+        if saved.exists() and alike and load_checkpoint(saved, look=True)["step"] < s.max_steps:
+            return folder, saved, lock_file
+        lock_file.close()
+    raise UserError(f"{base} has {number:,} runs beside it: choose another --out_dir")
+
+
+class Run:
+    """What a run keeps on disk and says on the terminal: the one owner of its folder, log, checkpoints and clock."""
+
+    def __init__(self, s, model, optimizer, data, world):
+        self.s, self.model, self.optimizer, self.data, self.world = s, model, optimizer, data, world
+        self.best, self.signal, self.bar = math.inf, None, None
+        self.tokens, self.row = 0, {}
+        self.began = time.perf_counter()
+        self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
+
+    # -- beginning and end
+
+    def resume_or_begin(self):
+        """Finds the folder, loads what is there; returns the step to go on from."""
+        folder = saved = problem = None
+        if self.world.main:
+            try:
+                folder, saved, self.lock = choose_folder(self.s)
+            except UserError as error:
+                problem = str(error)
+        self.folder, saved, problem = self.world.from_main((folder, saved, problem))
+        if problem:
+            raise UserError(problem)
+        start, rows = 0, []
+        if saved:
+            checkpoint = load_checkpoint(saved)
+            if checkpoint["tokenizer"] != self.data.tokenizer.spec:
+                raise UserError(f"{saved} was trained with another tokenizer than the one in {self.s.data_dir}: prepare the "
+                                "same data again, or start over with --overwrite=True")
+            try:
+                self.model.load_state_dict(checkpoint["model"])
+                state = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}
+                self.optimizer.load_state_dict(state)
+            except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+                raise UserError(f"{saved} does not fit this model ({str(error).splitlines()[0]}); start over with "
+                                "--overwrite=True") from None
+            start, self.best = checkpoint["step"], checkpoint["best_val_loss"]
+            rows = self.read_log(start)
+        if self.world.main:
+            for path in self.folder.glob(".*.tmp"):  # left by a run that was killed while writing
+                path.unlink()
+            if not saved:
+                for name in ("ckpt.pt", "best.pt"):
+                    (self.folder / name).unlink(missing_ok=True)
+            lines = [",".join(LOG_COLUMNS)] + [",".join(row) for row in rows]
+            write_text(self.folder / "log.csv", "\n".join(lines) + "\n")
+        self.began -= float(rows[-1][-1]) if rows else 0
+        self.start = start
+        return start
+
+    def read_log(self, start):
+        """The whole rows of log.csv before step `start`."""
+        try:
+            with open(self.folder / "log.csv", encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
+            return [row for row in rows if int(row[0]) < start and row[-1]]
+        except (OSError, ValueError):
+            return []
+
+    def announce(self, plan, loader, validation):
+        """Says what is about to happen."""
+        s, world, model = self.s, self.world, self.model
+        self.rows_per_step, self.loader = plan.rows_per_step, loader
+        self.tokens = loader.targets_before(self.start * plan.rows_per_step)
+        longest = max(validation.cuts(0, i)[1].max() for i in range(len(validation.shards)))
+        cut = validation.documents and longest >= s.block_size and any(
+            (validation.cuts(0, i)[1] == s.block_size).any() for i in range(len(validation.shards)))
+        self.floor = self.data.meta.get("entropy_floor") if validation.documents and not cut and not s.eval_tokens else None
+        if not world.main:
+            return
+        self.speed = matmul_speed(world.device, world.dtype)
+        epochs = s.max_steps * plan.rows_per_step / loader.rows_per_epoch
+        print(f"model: {model.num_parameters():,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide; "
+              f"{model.config.vocab_size:,} tokens, so expect a first loss near ln {model.config.vocab_size:,} = "
+              f"{math.log(model.config.vocab_size):.2f}")
+        print(f"machine: {world.size} x {world.device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s")
+        print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once; "
+              f"{s.max_steps:,} steps are {epochs:.1f} epochs of {s.data_dir}")
+        if self.start:
+            print(f"continuing {self.folder} from step {self.start:,} (--overwrite=True starts over)")
+        else:
+            print(f"a new run in {self.folder}")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=s.max_steps, initial=self.start, unit="step", dynamic_ncols=True)
+
+    def finished(self):
+        self.close()
+        if self.world.main:
+            print(f"done in {time.perf_counter() - self.began:.0f} s, best validation loss {self.best:.4f}; "
+                  f"read what it writes: python sample.py --checkpoint={self.folder / 'best.pt'}")
+        return 0
+
+    def stopped(self, step):
+        if step < self.s.max_steps:
+            self.save(step)
+        self.close()
+        if self.world.main:
+            print(f"stopped at step {step:,}, saved in {self.folder}: the same command goes on from here", flush=True)
+        return 128 + self.signal
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        if self.world.main:
+            self.lock.close()
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Ctrl-C and SIGTERM let the step finish and save; the second leaves at once."""
+        def handler(number, _):
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+        try:
+            before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever started us minds the signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, was in before.items():
+                signal.signal(number, was)
+            self.close()
+
+    def stop_requested(self, step):
+        """Was the run asked to stop? Several processes must agree, which they do where they meet to log."""
+        if self.world.size == 1:
+            return bool(self.signal)
+        if step % self.s.log_every:
+            return False
+        self.signal = int(self.world.sum(torch.tensor(float(self.signal or 0), device=self.world.device)).item()
+                          / self.world.size) or self.signal
+        return bool(self.signal)
+
+    # -- what is written and shown
+
+    def say(self, text):
+        if self.world.main:
+            tqdm.write(text) if self.bar else print(text, flush=True)
+
+    def checkpoint(self, step):
+        return {"model": self.model.state_dict(), "step": step, "config": dataclasses.asdict(self.model.config),
+                "settings": dataclasses.asdict(self.s), "tokenizer": self.data.tokenizer.spec,
+                "best_val_loss": float(self.best)}
+
+    def save(self, step):
+        self.mark = None
+        if self.world.main:
+            state = self.checkpoint(step) | {"optimizer": self.optimizer.state_dict()}
+            write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
+
+    def evaluated(self, step, loss, bits_per_byte):
+        """Takes note of a validation loss, and keeps the weights if it is the lowest."""
+        self.mark = None
+        self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(bits_per_byte)}
+        floor = f", floor {self.floor:.4f}: {100 * (loss / self.floor - 1):.1f} % above the best possible" if self.floor else ""
+        self.say(f"step {step:,}: val {loss:.4f}{floor} ({bits_per_byte:.3f} bits per byte)")
+        if loss < self.best:
+            self.best = loss
+            if self.world.main:
+                write_atomically(self.folder / "best.pt", lambda file: torch.save(self.checkpoint(step), file))
+        if step == self.s.max_steps:
+            self.write_row(step, {})
+
+    def show_sample(self, step):
+        self.mark = None
+        if self.world.main:
+            length = min(200, 2 * self.s.block_size)
+            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step))
+            self.say(f"step {step:,} writes: {text.strip()}")
+
+    def after_step(self, step, targets, loss_sum, lr, grad_norm):
+        """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
+        s = self.s
+        self.tokens += targets
+        if self.bar:
+            self.bar.update()
+        if not (step % s.log_every == 0 or step == s.max_steps - 1 or self.row):
+            return
+        loss, norm = self.world.sum(loss_sum).item(), grad_norm.item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step:,} with learning rate {lr:.2g}: try a lower --learning_rate or "
+                            f"longer --warmup_steps; the last checkpoint in {self.folder} is whole")
+        now = time.perf_counter()
+        speed = (self.tokens - self.mark[1]) / (now - self.mark[0]) if self.mark else None
+        self.mark = (now, self.tokens)
+        self.write_row(step, {"train_loss": repr(loss), "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}",
+                              "tokens_per_second": f"{speed:.0f}" if speed else ""}, self.tokens - targets)
+        if not self.world.main:
+            return
+        used = f" | {speed:,.0f} tokens/s, {100 * speed * operations_per_token(self.model) / self.speed / self.world.size:.0f} % " \
+               "of matmul speed" if speed else ""
+        if self.bar:
+            self.bar.set_postfix_str(f"train {loss:.4f}{used}")
+        elif step % s.log_every == 0:
+            print(f"step {step:,}/{s.max_steps:,} | train {loss:.4f} | lr {lr:.2e} | grad {norm:.2f}{used}", flush=True)
+
+    def write_row(self, step, values, tokens=None):
+        values |= self.row | {"step": str(step), "tokens": str(self.tokens if tokens is None else tokens),
+                              "seconds": f"{time.perf_counter() - self.began:.2f}"}
+        self.row = {}
+        if self.world.main:
+            with open(self.folder / "log.csv", "a", encoding="utf-8", newline="") as file:
+                file.write(",".join(values.get(name, "") for name in LOG_COLUMNS) + "\n")
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+# What nanoGPT's users will type first.
+OTHER_NAMES = {"max_iters": "max_steps", "lr_decay_iters": "max_steps", "warmup_iters": "warmup_steps",
+               "eval_interval": "eval_every", "eval_iters": "eval_tokens", "log_interval": "log_every",
+               "dataset": "data_dir", "compile": "compile_model", "gradient_accumulation_steps": "grad_accum_steps",
+               "start": "prompt", "learning_rate_decay": "min_lr", "lr": "learning_rate"}
+
+
+def setting_comments(cls):
+    """{setting: its comment}, read off the source, so that --help and the file say the same."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return {}
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+
+
+def print_help(cls, doc, presets):
+    print(doc.strip() + "\n\nSettings (edit their defaults at the top of the file, or give them as --name=value):")
+    comments = setting_comments(cls)
+    for field in dataclasses.fields(cls):
+        print(f"  --{field.name}={field.default!s:<16} {comments.get(field.name, '')}")
+    for name, changes in (presets or {}).items():
+        print(f"  --preset={name}: " + (" ".join(f"{k}={v}" for k, v in changes.items()) or "the defaults"))
+
+
+def parse_value(name, kind, text):
+    """The value that `text` stands for, of a setting's type. Raises UserError where it stands for none."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        for choice in choices:
+            if str(choice).lower() == text.lower():
+                return choice
+        raise UserError(f"--{name}={text}: it must be one of {', '.join(map(str, choices))}")
+    if type(None) in choices:  # int | None
+        if text.lower() == "none":
+            return None
+        kind = choices[0]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        wanted = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        raise UserError(f"--{name}={text}: it must be {wanted}") from None
+
+
+def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
+    """(settings, what was changed from the defaults): the defaults, then the preset, then the command line. `bare` names
+    the setting that a first word without dashes sets. Prints the help and exits for --help; raises UserError for
+    anything that is not a setting or not of its type."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kinds = typing.get_type_hints(cls)
+    given, words = {}, iter(range(len(argv)))
+    for i in words:
+        word = argv[i]
+        if word in ("-h", "--help"):
+            print_help(cls, doc, presets)
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            if bare is None or bare in given:
+                raise UserError(f"{word!r} is no option: settings are given as --name=value (see --help)")
+            given[bare] = word
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in kinds:
+            known = OTHER_NAMES.get(name)
+            near = [known] if known in kinds else difflib.get_close_matches(name, kinds, 1, 0.5)
+            raise UserError(f"--{name} is no setting" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
+        following = argv[i + 1] if i + 1 < len(argv) else None
+        if not equals and kinds[name] is bool:  # --overwrite alone means True
+            text = argv[next(words)] if str(following).lower() in ("true", "false") else "True"
+        elif not equals:
+            if following is None or following.startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}=...")
+            text = argv[next(words)]
+        given[name] = parse_value(name, kinds[name], text)
+    changes = {}
+    if presets is not None:
+        preset = given.get("preset", cls.preset)
+        if preset not in presets:
+            near = difflib.get_close_matches(preset, presets, 1, 0.4)
+            raise UserError(f"there is no preset {preset!r}" + (f"; did you mean {near[0]}?" if near else "")
+                            + f" All: {', '.join(presets)}")
+        changes |= presets[preset]
+    changes |= given
+    return cls(**changes), changes
+
+
+def check_settings(s):
+    """Raises UserError for a value out of range; fills in total_batch_size."""
+    at_least = dict(batch_size=1, block_size=1, max_steps=1, warmup_steps=0, eval_every=1, sample_every=1, seed=0,
+                    checkpoint_every=1, log_every=1, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, eval_tokens=1,
+                    total_batch_size=1, grad_accum_steps=1)
+    for name, least in at_least.items():
+        value = getattr(s, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}: it must be at least {least}")
+    for name in ("beta1", "beta2", "dropout"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UserError(f"{name} is {getattr(s, name)}: it must be at least 0 and below 1")
+    if s.grad_accum_steps is not None:
+        s.total_batch_size = s.batch_size * s.block_size * s.grad_accum_steps
+    elif s.total_batch_size is None:
+        s.total_batch_size = s.batch_size * s.block_size
+
+
+def prepare_stories(s, world):
+    """The default preset makes its own data, on one process, while the others wait."""
+    missing = s.data_dir == Settings.data_dir and not (Path(s.data_dir) / "meta.json").exists()
+    status = 0
+    if missing and world.main:
+        script = Path(__file__).with_name("prepare_data.py")
+        print(f"no data in {s.data_dir} yet: running python {script.name}", flush=True)
+        status = subprocess.run([sys.executable, str(script), "stories", f"--out_dir={s.data_dir}"]).returncode
+    if world.from_main(status):
+        raise UserError("prepare_data.py could not write the stories; its message is above")
+
+
+@reports_mistakes
+def main(argv=None):
+    s, changes = parse_settings(Settings, argv, __doc__, PRESETS)
+    check_settings(s)
+    keep_memory()
+    world = World(s)
+    try:
+        if world.main:
+            print(f"preset {s.preset}: " + (" ".join(f"{k}={v}" for k, v in changes.items() if k != "preset") or "as it stands"))
+        prepare_stories(s, world)
+        return train(s, world)
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
