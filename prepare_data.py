@@ -227,6 +227,7 @@ def merge_everywhere(pair, words, frequency, pairs, where):
                 j += 1
         if len(new) == len(old):
             continue  # an earlier merge took the pair apart
+        words[i] = new
         before, after = list(zip(old, old[1:], strict=False)), list(zip(new, new[1:], strict=False))
         for neighbours in before:
             pairs[neighbours] -= frequency[i]

@@ -65,11 +65,11 @@ class Settings:
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # cut the text every block_size tokens, or a document a row
     batch_size: int = 16  # rows that a process handles at once: lower it when memory runs out
-    block_size: int = 96  # tokens in a row: how far the model can look back; the longest story has 95
+    block_size: int = 112  # tokens in a row: how far the model can look back; the longest story has 107
     total_batch_size: int | None = None  # tokens per optimizer step over all processes; None: batch_size * block_size
     grad_accum_steps: int | None = None  # another way to say it: total = batch_size * block_size * this
     # the optimization
-    max_steps: int = 2400  # optimizer steps in the whole run
+    max_steps: int = 1800  # optimizer steps in the whole run
     warmup_steps: int = 50  # the rate rises for so many steps
     learning_rate: float = 6e-3  # its peak: small models bear high rates
     min_lr: float = 0.0  # where the cosine ends
@@ -86,10 +86,10 @@ class Settings:
     activation: Literal["gelu", "relu"] = "gelu"
     # what is shown, and how often (in steps)
     eval_only: bool = False  # measure the checkpoint, or init_from, and train nothing
-    eval_every: int = 200
+    eval_every: int = 150
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
-    sample_every: int = 800
-    checkpoint_every: int = 400
+    sample_every: int = 600
+    checkpoint_every: int = 300
     log_every: int = 20
 
 
@@ -166,6 +166,10 @@ def attend(q, k, v, dropout=0.0, flash=True):
     of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
     the shape of q."""
     causal = q.size(-2) > 1  # a single new token may look at everything before it, so it needs no mask
+    if flash and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(-2) <= 512:
+        # The CPU's bfloat16 kernel is the slower one on short rows: 33,000 tokens/s against 56,000 in `stories`
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), dropout).to(q.dtype)
     if flash:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, T); the root keeps their spread near 1
