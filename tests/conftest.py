@@ -1,0 +1,61 @@
+"""What several test files share: where the scripts are, small data, small runs."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+
+import prepare_data  # noqa: E402
+import train_gpt2  # noqa: E402
+
+FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts: many kills, all stories
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory):
+    """The folder of the embedded stories, prepared once."""
+    folder = tmp_path_factory.mktemp("data") / "stories"
+    prepare_data.main(["stories", f"--out_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_file():
+    """A function from the name of a real text to its path; skips where the texts are not at hand."""
+    def find(name):
+        folder = os.environ.get("SHARED_DATA")
+        if not folder or not (Path(folder) / name).exists():
+            pytest.skip(f"SHARED_DATA names no folder with {name}")
+        return Path(folder) / name
+    return find
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary():
+    """Skips where GPT-2's vocabulary is not cached, so that no test waits for a network."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would have to be downloaded")
+    return train_gpt2.Tokenizer({"kind": "gpt2"})
+
+
+@pytest.fixture
+def small_run(stories, tmp_path):
+    """Options of a run of some seconds, with everything in it that resuming has to get right."""
+    return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2", "--n_embd=32",
+            "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2", "--max_steps=30", "--warmup_steps=5",
+            "--eval_every=10", "--eval_tokens=2000", "--sample_every=20", "--checkpoint_every=10", "--log_every=1"]
+
+
+def fails(main, argv, capsys):
+    """Runs main(argv), which has to end in exit status 2; returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert stop.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]

@@ -1,0 +1,163 @@
+"""Runs: resumed to the byte, repeated in the next folder, the same on several processes."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, fails
+
+import sample
+import train_gpt2
+
+
+def log_of(folder):
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def same_bytes(one, other):
+    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (one, other))
+    assert a["step"] == b["step"] and a["best_val_loss"] == b["best_val_loss"]
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+
+
+def losses(folder):
+    return [(row["step"], row["tokens"], row["train_loss"], row["val_loss"], row["lr"]) for row in log_of(folder)]
+
+
+def start(argv, script="train_gpt2.py", **environment):
+    return subprocess.Popen([sys.executable, ROOT / script, *argv], text=True, cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+def wait_for_step(folder, step):
+    """Until the run in this folder has logged the step."""
+    for _ in range(600):
+        if (folder / "log.csv").exists() and f"\n{step}," in (folder / "log.csv").read_text(encoding="utf-8"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a single child process")
+def test_interrupted_and_killed_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
+    small_run[small_run.index("--max_steps=30")] = "--max_steps=60"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
+    for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 41)):
+        run = start([*small_run, f"--out_dir={broken}"])
+        wait_for_step(broken, step)
+        run.send_signal(number)
+        output, errors = run.communicate(timeout=60)
+        assert not errors
+        if number != signal.SIGKILL:
+            assert run.returncode == 128 + number and "the same command goes on" in output
+    assert train_gpt2.main([*small_run, f"--out_dir={broken}"]) == 0
+    assert "continuing" in capsys.readouterr().out
+    same_bytes(whole, broken)
+    assert losses(whole) == losses(broken)
+    assert [int(row["step"]) for row in log_of(broken)] == list(range(61))
+
+
+def test_again_and_changed_runs_take_the_next_free_folder(small_run, tmp_path, capsys):
+    run = [*small_run, "--max_steps=4"]
+    train_gpt2.main(run)
+    first = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    train_gpt2.main(run)
+    assert f"a new run in {tmp_path / 'run-2'}" in capsys.readouterr().out
+    same_bytes(tmp_path / "run", tmp_path / "run-2")
+    train_gpt2.main([*run, "--learning_rate=0.1"])
+    assert f"a new run in {tmp_path / 'run-3'}" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == first
+    train_gpt2.main([*run, "--learning_rate=0.1", "--overwrite"])
+    assert f"a new run in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() != first
+
+
+def test_an_edited_constant_takes_effect(small_run, tmp_path):
+    """The defaults at the top of the file are what runs."""
+    source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+    assert "n_embd: int = 96" in source and "max_steps: int = " in source
+    (tmp_path / "train_gpt2.py").write_text(source.replace("n_embd: int = 96", "n_embd: int = 40"), encoding="utf-8")
+    argv = [small_run[0], "--max_steps=1", "--eval_tokens=500"]
+    subprocess.run([sys.executable, "train_gpt2.py", *argv], cwd=tmp_path, check=True, capture_output=True)
+    assert train_gpt2.load_checkpoint(tmp_path / "out" / "stories" / "ckpt.pt")["config"]["n_embd"] == 40
+
+
+def test_evaluation_and_samples_leave_no_trace(small_run, tmp_path):
+    often = [*small_run, f"--out_dir={tmp_path / 'often'}", "--eval_every=3", "--sample_every=4"]
+    never = [*small_run, f"--out_dir={tmp_path / 'never'}", "--eval_every=1000", "--sample_every=1000"]
+    for argv in (often, never):
+        train_gpt2.main(argv)
+    one, other = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("often", "never"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("rows", ["documents", "stream"])
+def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
+    common = [*small_run, "--dropout=0", "--dtype=float32", f"--rows={rows}", "--total_batch_size=896", "--max_steps=8"]
+    common.remove("--grad_accum_steps=2")
+    for size in (8, 4, 1):
+        train_gpt2.main([*common, f"--batch_size={size}", f"--out_dir={tmp_path / str(size)}"])
+    whole, half, single = ([float(row["train_loss"]) for row in log_of(tmp_path / name)[:8]] for name in "841")
+    assert whole == pytest.approx(half, abs=1e-5) and whole == pytest.approx(single, abs=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(small_run, tmp_path):
+    common = [*small_run, "--dropout=0", "--dtype=float32", "--max_steps=20"]
+    train_gpt2.main([*common, f"--out_dir={tmp_path / 'one'}"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py",
+               *common, f"--out_dir={tmp_path / 'two'}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    for column in ("train_loss", "val_loss"):
+        one, two = ([float(row[column]) for row in log_of(tmp_path / name) if row[column]] for name in ("one", "two"))
+        assert len(one) == len(two) > 1 and one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_checkpoint_is_a_plain_file_with_huggingface_names(small_run, tmp_path):
+    train_gpt2.main([*small_run, "--max_steps=3"])
+    checkpoint = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "step", "config", "settings", "tokenizer", "best_val_loss"}
+    assert set(torch.load(tmp_path / "run" / "best.pt", weights_only=True)) == set(checkpoint) - {"optimizer"}
+    assert "transformer.h.0.attn.c_attn.weight" in checkpoint["model"] and "lm_head.weight" not in checkpoint["model"]
+    assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
+    model = train_gpt2.GPT.from_checkpoint(tmp_path / "run" / "best.pt")
+    assert model.generate("Once", max_new_tokens=5, seed=1).startswith("Once")
+
+
+def test_a_new_run_from_old_weights(small_run, tmp_path, capsys):
+    train_gpt2.main([*small_run, "--max_steps=20"])
+    last = float([row for row in log_of(tmp_path / "run") if row["val_loss"]][-1]["val_loss"])
+    train_gpt2.main([*small_run, f"--init_from={tmp_path / 'run' / 'ckpt.pt'}", f"--out_dir={tmp_path / 'tuned'}"])
+    assert float(log_of(tmp_path / "tuned")[0]["val_loss"]) == pytest.approx(last, abs=1e-6)
+
+
+def test_a_living_run_is_left_alone(small_run, tmp_path, capsys):
+    run = start([*small_run, "--max_steps=3000"])
+    try:
+        wait_for_step(tmp_path / "run", 12)
+        assert "a run is at work" in fails(train_gpt2.main, [*small_run, "--max_steps=3000"], capsys)
+    finally:
+        run.kill()
+        run.communicate()
+    train_gpt2.main([*small_run, "--max_steps=13"])  # and the dead one blocks nobody
+
+
+def test_samples(small_run, tmp_path, capsys, monkeypatch):
+    train_gpt2.main([*small_run, "--max_steps=5", f"--out_dir={tmp_path / 'out' / 'mine'}"])
+    monkeypatch.chdir(tmp_path)
+    texts = []
+    for argv in (["Once", "--seed=3"], ["Once", "--seed=3"], ["Once", "--seed=4"], ["--prompt=Once", "--seed=3"]):
+        capsys.readouterr()
+        assert sample.main([*argv, "--num_samples=2", "--max_new_tokens=12", "--temperature=1"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[3] != texts[2]
+    assert texts[0].startswith("Once") and "\n---------------\nOnce" in texts[0]
