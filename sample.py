@@ -31,7 +31,7 @@ def newest_checkpoint():
     """The best.pt most recently written under out/. Raises UserError where there is none."""
     found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError("no checkpoint under out/: train one with python train_gpt2.py, or name one with --checkpoint=FILE")
+        raise UserError("no checkpoint under out/: train one with python train_gpt2.py, or name it: --checkpoint=FILE")
     return found[-1]
 
 
@@ -44,7 +44,7 @@ def check_settings(s):
 
 
 class Writer:
-    """Prints one text as its tokens come. A character may be spread over several tokens; it appears when it is whole."""
+    """Prints one text as its tokens come. A character spread over several tokens appears when it is whole."""
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.decoder, self.ended = tokenizer, codecs.getincrementaldecoder("utf-8")("replace"), False

@@ -105,8 +105,8 @@ PRESETS = {
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000, warmup_steps=100,
         learning_rate=1e-3, min_lr=1e-4, eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
     "shakespeare_cpu": _CHARS | dict(
-        n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=1200, warmup_steps=50,
-        learning_rate=4e-3, eval_every=400, sample_every=400, checkpoint_every=400, log_every=20),
+        n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=24, max_steps=800, warmup_steps=50,
+        learning_rate=6e-3, eval_every=200, sample_every=400, checkpoint_every=400, log_every=20),
     "tinystories_char": dict(
         data_dir="data/tinystories", rows="stream", n_layer=4, n_head=4, n_embd=64, block_size=32, activation="relu",
         batch_size=16, max_steps=10_000, warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, eval_every=500,
@@ -148,7 +148,7 @@ class GPTConfig:
         """Raises UserError for a shape that cannot be built."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 2**24:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1 (at most 2^24)")
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number from 1 to 2^24")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.pos_encoding == "sinusoidal" and self.n_embd % 2:
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         ))
         for name, parameter in self.named_parameters():
             # 0.02: GPT paper, section 4.1. Each of the 2 * n_layer residual additions widens the sum, and would by
-            # sqrt(2 * n_layer) in all, if the projections that feed it did not start smaller (GPT-2 paper, section 2.3).
+            # sqrt(2 * n_layer) in all, if the projections that feed it did not start smaller (GPT-2, section 2.3).
             scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02 * scale)
@@ -427,13 +427,14 @@ class ShardedLoader:
         self.shards = [read_shard(path) for path in self.paths]
         self.block_size, self.seed, self.vocab_size, self.eot = block_size, seed, vocab_size, eot
         self.documents = rows == "documents"
+        self.cut_documents = False  # is any document longer than a row?
         if self.documents and eot is None:
             raise UserError(f"{data_dir} is one text without <|endoftext|>: it has no documents; use --rows=stream")
         self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
         self.counts = [self._count(i) for i in range(len(self.shards))]
         self.rows_per_epoch = sum(self.counts)
         if not self.rows_per_epoch:
-            raise UserError(f"the {split} split in {data_dir} has {sum(map(len, self.shards)):,} tokens: too few for one "
+            raise UserError(f"the {split} split in {data_dir} has {sum(map(len, self.shards)):,} tokens: too few for a "
                             f"row of block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more text")
 
     def _count(self, shard):
@@ -450,6 +451,7 @@ class ShardedLoader:
             marks = np.flatnonzero(self.shards[shard] == self.eot)
             marks = np.unique(np.concatenate(([0], marks, [n - 1])))
             pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
+            self.cut_documents |= bool(pieces.max() > 1)
             index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. in each
             starts = np.repeat(marks[:-1], pieces) + T * index
             lengths = np.minimum(T, np.repeat(marks[1:], pieces) - starts)
@@ -564,10 +566,9 @@ def train(s, world):
     start = run.resume_or_begin()
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
     validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
-    model = compiled_and_parallel(raw_model, s, world)
+    model = compiled_and_parallel(raw_model.train(), s, plan, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     run.announce(plan, loader, validation)
-    raw_model.train()
 
     def make(step):
         return step_batches(loader, step, plan, world)
@@ -665,7 +666,7 @@ class Tokenizer:
             try:
                 tokens = [token.encode("latin-1") for token in spec["ranks"]]
             except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-                raise UserError("a bpe tokenizer needs `ranks`, a list of strings with a character for each byte") from None
+                raise UserError("a bpe tokenizer needs `ranks`: strings with a character for each byte") from None
             if len(set(tokens)) != len(tokens) or len({t for t in tokens if len(t) == 1}) != 256:
                 raise UserError("the `ranks` of a bpe tokenizer must be distinct and hold all 256 bytes")
             import tiktoken
@@ -675,7 +676,8 @@ class Tokenizer:
         elif kind == "gpt2":
             self.encoding, self.eot, self.vocab_size = gpt2_encoding(), 50256, 50257
         else:
-            raise UserError(f"unknown tokenizer {str(spec)[:60]!r}: expected kind gpt2, bpe with ranks, or char with alphabet")
+            raise UserError(f"unknown tokenizer {str(spec)[:60]!r}: it must be of kind gpt2, bpe (with ranks) or char "
+                            "(with an alphabet)")
 
     @property
     def document_start(self):
@@ -715,7 +717,7 @@ def gpt2_encoding():
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
         raise UserError(f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                        f"folder that has it, or use --tokenizer=bpe when preparing data, which needs no network") from None
+                        "folder that has it, or prepare data with --tokenizer=bpe, which needs no network") from None
 
 
 # ---- Shards and meta.json --------------------------------------------------------------------------------------------
@@ -840,8 +842,9 @@ def write_text(path, text):
 
 
 def load_checkpoint(path, look=False):
-    """The dict in a checkpoint, tensors on the CPU (with look=True still in the file: to look at and let go). Only plain data is ever unpickled, and shapes are checked against
-    the config before anything is allocated. Raises UserError for everything that is no whole checkpoint."""
+    """The dict in a checkpoint, tensors on the CPU (with look=True still in the file: to look and let go). Only plain
+    data is ever unpickled, and shapes are checked against the config before anything is allocated. Raises UserError
+    for everything that is no whole checkpoint."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; train one with: python train_gpt2.py")
@@ -856,7 +859,7 @@ def load_checkpoint(path, look=False):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path} is no checkpoint of train_gpt2.py: it has no {key}")
     check_weights(checkpoint["model"], checkpoint["config"], path)
-    return checkpoint if look else copy.deepcopy(checkpoint)  # into memory of its own: the file may be replaced while this is in use
+    return checkpoint if look else copy.deepcopy(checkpoint)  # into memory of its own: the file may be replaced
 
 
 def check_weights(weights, config, path):
@@ -872,7 +875,7 @@ def check_weights(weights, config, path):
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged: its model or config is malformed ({error})") from None
     for name in expected.keys() ^ weights.keys():
-        raise UserError(f"{path} does not fit its own config: {name} is {'missing' if name in expected else 'too many'}")
+        raise UserError(f"{path} does not fit its own config: {name} {'lacks' if name in expected else 'is too many'}")
     for name, shape in expected.items():
         if weights[name].shape != shape or not weights[name].is_floating_point():
             raise UserError(f"{path} does not fit its own config: {name} is {tuple(weights[name].shape)}, "
@@ -910,10 +913,10 @@ class World:
     def accumulating(self, model, more_to_come):
         return model.no_sync() if self.size > 1 and more_to_come else contextlib.nullcontext()
 
-    def sum(self, tensor):
-        """The sum of a tensor over all processes."""
+    def reduce(self, tensor, largest=False):
+        """The sum of a tensor over all processes, or the largest, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return tensor
 
     def from_main(self, value):
@@ -940,7 +943,7 @@ def pick_device(name, local_rank=0):
     kind, number = match.groups()
     if not has[kind]:
         here = ", ".join(kind for kind in has if has[kind])
-        raise UserError(f"--device={name}: torch sees no {kind} here, only {here}; leave it out to take the best there is")
+        raise UserError(f"--device={name}: torch sees no {kind} here, only {here}; leave it out to take the best")
     if kind != "cuda":
         return torch.device(kind)
     index = int(number) if number else local_rank
@@ -961,21 +964,22 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def compiled_and_parallel(model, s, world):
+def compiled_and_parallel(model, s, plan, world):
     """The model that the training step calls: compiled, and wrapped for several processes. It shares the weights of
     `model`, which evaluation and sampling go on using uncompiled, since their shapes vary."""
     if s.compile_model is True or (s.compile_model == "auto" and world.device.type == "cuda"):
         try:
-            compiled = torch.compile(model, dynamic=False if s.rows == "stream" else None)
-            idx = torch.zeros((1, 8), dtype=torch.int64, device=world.device)
-            compiled(idx, idx)  # a compiler that is missing shows only when it is called
+            compiled = torch.compile(model)
+            idx = torch.zeros((plan.micro_rows, s.block_size), dtype=torch.int64, device=world.device)
+            with world.autocast():
+                compiled(idx, idx)  # a compiler that is missing shows only now
             model = compiled
         except Exception as error:
             if world.main:
                 print(f"warning: torch.compile does not work here ({type(error).__name__}), going on without it")
     if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index] if world.device.index is not None
-                                                    else None)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
     return model
 
 
@@ -1002,16 +1006,17 @@ def evaluate(model, loader, s, world, token_bytes):
         rows = rows[:max(1, s.eval_tokens // s.block_size)]
     mine = rows[world.rank::world.size]
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    at_once = max(s.batch_size, 4096 // s.block_size)  # nothing is kept for a backward pass: short rows go together
     model.eval()
-    for i in range(0, len(mine), s.batch_size):
-        x, y = loader.batch(mine[i:i + s.batch_size])
+    for i in range(0, len(mine), at_once):
+        x, y = loader.batch(mine[i:i + at_once])
         with world.autocast():
             _, loss = model(x.to(world.device), y.to(world.device))
         known = y[y != -1]
         sums += torch.tensor([loss.item() * len(known), len(known), token_bytes[known].sum()], dtype=torch.float64)
     model.train()
     # NCCL adds up on the GPU; where there is one process nothing moves
-    nats, tokens, size = world.sum(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
+    nats, tokens, size = world.reduce(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
     return nats / tokens, nats / math.log(2) / size if size else math.nan
 
 
@@ -1038,8 +1043,8 @@ def operations_per_token(model):
 
 # ---- A run and its folder --------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps", "compile_model", "deterministic",
-                 "eval_only", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "log_every"}
+FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps",
+                 "compile_model", "deterministic", "eval_only", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "log_every"}
 LOG_COLUMNS = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_second,seconds".split(",")
 RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", ".lock"}
 
@@ -1054,14 +1059,14 @@ def plan_batch(s, world):
     """How the rows of a step are dealt. Raises UserError where they do not divide."""
     rows, rest = divmod(s.total_batch_size, s.block_size)
     if rest or rows < 1:
-        raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size ({s.block_size:,})")
+        raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size ({s.block_size})")
     share, rest = divmod(rows, world.size)
     if rest:
-        raise UserError(f"a step has {rows} rows, which {world.size} processes cannot share evenly: make total_batch_size "
+        raise UserError(f"a step's {rows} rows cannot be dealt evenly to {world.size} processes: make total_batch_size "
                         f"a multiple of {s.block_size * world.size:,}, or start another number of processes")
     micro = min(s.batch_size, share)
     if share % micro:
-        raise UserError(f"{share} rows a process and step do not divide into micro-batches of batch_size {s.batch_size}: "
+        raise UserError(f"the {share} rows of a process do not divide into micro-batches of batch_size {s.batch_size}: "
                         f"make total_batch_size a multiple of {s.batch_size * s.block_size * world.size:,}")
     return Plan(rows, micro)
 
@@ -1072,10 +1077,10 @@ def build_model(s, data, world):
     if s.init_from:
         checkpoint = load_checkpoint(s.init_from)
         if checkpoint["tokenizer"] != data.tokenizer.spec:
-            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with the other one")
+            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with its own")
         config = GPTConfig(**checkpoint["config"] | dict(dropout=s.dropout, attention=s.attention))
         if s.block_size > config.block_size:
-            raise UserError(f"block_size {s.block_size} is more than the {config.block_size} positions of {s.init_from}")
+            raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config.block_size} positions")
         model = GPT(config)
         model.load_state_dict(checkpoint["model"])
     else:
@@ -1092,7 +1097,8 @@ def build_model(s, data, world):
 
 def same_run(settings, other):
     """Do two dicts of settings lead to the same weights?"""
-    return all(settings.get(name) == other.get(name) for name in settings.keys() | other.keys() if name not in FREE_SETTINGS)
+    names = (settings.keys() | other.keys()) - FREE_SETTINGS
+    return all(settings.get(name) == other.get(name) for name in names)
 
 
 def lock(folder):
@@ -1165,8 +1171,8 @@ class Run:
         if saved:
             checkpoint = load_checkpoint(saved)
             if checkpoint["tokenizer"] != self.data.tokenizer.spec:
-                raise UserError(f"{saved} was trained with another tokenizer than the one in {self.s.data_dir}: prepare the "
-                                "same data again, or start over with --overwrite=True")
+                raise UserError(f"{saved} was trained with another tokenizer than {self.s.data_dir} has now: prepare "
+                                "the same data again, or start over with --overwrite=True")
             try:
                 self.model.load_state_dict(checkpoint["model"])
                 state = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}
@@ -1202,10 +1208,9 @@ class Run:
         s, world, model = self.s, self.world, self.model
         self.rows_per_step, self.loader = plan.rows_per_step, loader
         self.tokens = loader.targets_before(self.start * plan.rows_per_step)
-        longest = max(validation.cuts(0, i)[1].max() for i in range(len(validation.shards)))
-        cut = validation.documents and longest >= s.block_size and any(
-            (validation.cuts(0, i)[1] == s.block_size).any() for i in range(len(validation.shards)))
-        self.floor = self.data.meta.get("entropy_floor") if validation.documents and not cut and not s.eval_tokens else None
+        # The floor speaks of whole documents, and of all of them
+        whole = validation.documents and not validation.cut_documents and s.eval_tokens is None
+        self.floor = self.data.meta.get("entropy_floor") if whole else None
         if not world.main:
             return
         self.speed = matmul_speed(world.device, world.dtype)
@@ -1248,9 +1253,9 @@ class Run:
     def interruptible(self):
         """Ctrl-C and SIGTERM let the step finish and save; the second leaves at once."""
         def handler(number, _):
-            if self.signal:
+            if self.signal and time.perf_counter() - self.signal_time > 0.5:  # torchrun sends the first one twice
                 os._exit(128 + number)
-            self.signal = number
+            self.signal, self.signal_time = number, time.perf_counter()
         try:
             before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread: whoever started us minds the signals
@@ -1268,8 +1273,8 @@ class Run:
             return bool(self.signal)
         if step % self.s.log_every:
             return False
-        self.signal = int(self.world.sum(torch.tensor(float(self.signal or 0), device=self.world.device)).item()
-                          / self.world.size) or self.signal
+        signals = torch.tensor(self.signal or 0, device=self.world.device)
+        self.signal = self.world.reduce(signals, largest=True).item()
         return bool(self.signal)
 
     # -- what is written and shown
@@ -1285,6 +1290,7 @@ class Run:
 
     def save(self, step):
         self.mark = None
+        self.check_finite()
         if self.world.main:
             state = self.checkpoint(step) | {"optimizer": self.optimizer.state_dict()}
             write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
@@ -1293,7 +1299,9 @@ class Run:
         """Takes note of a validation loss, and keeps the weights if it is the lowest."""
         self.mark = None
         self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(bits_per_byte)}
-        floor = f", floor {self.floor:.4f}: {100 * (loss / self.floor - 1):.1f} % above the best possible" if self.floor else ""
+        floor = ""
+        if self.floor:
+            floor = f", floor {self.floor:.4f}: {100 * (loss / self.floor - 1):.1f} % above the best possible"
         self.say(f"step {step:,}: val {loss:.4f}{floor} ({bits_per_byte:.3f} bits per byte)")
         if loss < self.best:
             self.best = loss
@@ -1313,14 +1321,12 @@ class Run:
         """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
         s = self.s
         self.tokens += targets
+        self.latest = (step, loss_sum, lr, grad_norm)
         if self.bar:
             self.bar.update()
         if not (step % s.log_every == 0 or step == s.max_steps - 1 or self.row):
             return
-        loss, norm = self.world.sum(loss_sum).item(), grad_norm.item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step:,} with learning rate {lr:.2g}: try a lower --learning_rate or "
-                            f"longer --warmup_steps; the last checkpoint in {self.folder} is whole")
+        loss, norm = self.check_finite()
         now = time.perf_counter()
         speed = (self.tokens - self.mark[1]) / (now - self.mark[0]) if self.mark else None
         self.mark = (now, self.tokens)
@@ -1328,12 +1334,26 @@ class Run:
                               "tokens_per_second": f"{speed:.0f}" if speed else ""}, self.tokens - targets)
         if not self.world.main:
             return
-        used = f" | {speed:,.0f} tokens/s, {100 * speed * operations_per_token(self.model) / self.speed / self.world.size:.0f} % " \
-               "of matmul speed" if speed else ""
+        used = ""
+        if speed:
+            share = speed * operations_per_token(self.model) / (self.speed * self.world.size)
+            used = f" | {speed:,.0f} tokens/s, {100 * share:.0f} % of matmul speed"
         if self.bar:
             self.bar.set_postfix_str(f"train {loss:.4f}{used}")
         elif step % s.log_every == 0:
             print(f"step {step:,}/{s.max_steps:,} | train {loss:.4f} | lr {lr:.2e} | grad {norm:.2f}{used}", flush=True)
+
+    def check_finite(self):
+        """(loss, gradient norm) of the latest step. Raises UserError where they are no numbers any more: from there the
+        run would learn nothing, and a checkpoint of it would bury the last good one."""
+        step, loss_sum, lr, grad_norm = self.latest
+        loss, norm = self.world.reduce(loss_sum.clone()).item(), grad_norm.item()
+        # float16's scaler expects infinite gradients now and then, and skips those steps
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.world.dtype == torch.float16):
+            raise UserError(f"step {step:,} has loss {loss:.4g} and gradient norm {norm:.4g} at learning rate {lr:.2g}: "
+                            "try a lower --learning_rate or more --warmup_steps; the last checkpoint in "
+                            f"{self.folder} is whole")
+        return loss, norm
 
     def write_row(self, step, values, tokens=None):
         values |= self.row | {"step": str(step), "tokens": str(self.tokens if tokens is None else tokens),
@@ -1396,8 +1416,8 @@ def parse_value(name, kind, text):
 
 
 def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
-    """(settings, what was changed from the defaults): the defaults, then the preset, then the command line. `bare` names
-    the setting that a first word without dashes sets. Prints the help and exits for --help; raises UserError for
+    """(settings, what differs from the defaults): defaults, then the preset, then the command line. `bare` names the
+    setting that a first word without dashes sets. Prints the help and exits for --help; raises UserError for
     anything that is not a setting or not of its type."""
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = typing.get_type_hints(cls)
@@ -1440,9 +1460,9 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
 
 def check_settings(s):
     """Raises UserError for a value out of range; fills in total_batch_size."""
-    at_least = dict(batch_size=1, block_size=1, max_steps=1, warmup_steps=0, eval_every=1, sample_every=1, seed=0,
-                    checkpoint_every=1, log_every=1, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, eval_tokens=1,
-                    total_batch_size=1, grad_accum_steps=1)
+    at_least = dict(batch_size=1, block_size=1, total_batch_size=1, grad_accum_steps=1, max_steps=1, warmup_steps=0,
+                    seed=0, eval_every=1, eval_tokens=1, sample_every=1, checkpoint_every=1, log_every=1, learning_rate=0,
+                    min_lr=0, weight_decay=0, grad_clip=0)
     for name, least in at_least.items():
         value = getattr(s, name)
         if value is not None and value < least:
@@ -1476,7 +1496,8 @@ def main(argv=None):
     world = World(s)
     try:
         if world.main:
-            print(f"preset {s.preset}: " + (" ".join(f"{k}={v}" for k, v in changes.items() if k != "preset") or "as it stands"))
+            changed = " ".join(f"{name}={value}" for name, value in changes.items() if name != "preset")
+            print(f"preset {s.preset}: {changed or 'as it stands'}")
         prepare_stories(s, world)
         return train(s, world)
     finally:

@@ -123,7 +123,8 @@ def test_shards_without_meta_are_gpt2_tokens(numbered, gpt2_vocabulary):
     assert data.token_bytes[gpt2_vocabulary.encode("hello")[0]] == 5 and data.token_bytes[50256] == 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"dataset": "x"}', '{"dataset": "x", "tokenizer": {"kind": "morse"}}',
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"dataset": "x"}',
+                                  '{"dataset": "x", "tokenizer": {"kind": "morse"}}',
                                   '{"dataset": "x", "tokenizer": {"kind": "bpe", "ranks": [1]}}',
                                   '{"dataset": "x", "tokenizer": {"kind": "bpe", "ranks": ["a", "a"]}}',
                                   '{"dataset": "x", "tokenizer": {"kind": "char", "alphabet": ""}}'])

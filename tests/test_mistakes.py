@@ -23,17 +23,22 @@ def trained(small_run, tmp_path, monkeypatch):
 
 
 SETTINGS = [
-    ("--max_iters=5", "did you mean --max_steps"), ("--eval_interval=5", "--eval_every"), ("--log_interval=1", "--log_every"),
+    ("--max_iters=5", "did you mean --max_steps"), ("--eval_interval=5", "--eval_every"),
+    ("--log_interval=1", "--log_every"),
     ("--dataset=x", "--data_dir"), ("--compile=False", "--compile_model"),
     ("--gradient_accumulation_steps=2", "--grad_accum_steps"), ("--lerning_rate=1", "--learning_rate"),
     ("--max_steps=many", "whole number"), ("--max_steps=1.5", "whole number"), ("--max_steps=0", "at least 1"),
     ("--learning_rate=fast", "a number"), ("--learning_rate=nan", "a number"), ("--learning_rate=-1", "at least 0"),
-    ("--overwrite=maybe", "True or False"), ("--dtype=int8", "one of"), ("--rows=lines", "one of"), ("--preset=gpt3", "gpt2"),
-    ("--max_steps", "needs a value"), ("hello", "no option"), ("--n_embd=97", "divisible by n_head"), ("--n_head=0", "n_head"),
-    ("--n_layer=-1", "n_layer"), ("--block_size=100000000", "2^24"), ("--n_layer=10000000", "GB"), ("--block_size=0", "at least 1"),
+    ("--overwrite=maybe", "True or False"), ("--dtype=int8", "one of"), ("--rows=lines", "one of"),
+    ("--preset=gpt3", "gpt2"),
+    ("--max_steps", "needs a value"), ("hello", "no option"), ("--n_embd=97", "divisible by n_head"),
+    ("--n_head=0", "n_head"),
+    ("--n_layer=-1", "n_layer"), ("--block_size=100000000", "2^24"), ("--n_layer=10000000", "GB"),
+    ("--block_size=0", "at least 1"),
     ("--total_batch_size=1000", "multiple of block_size"), ("--batch_size=0", "at least 1"),
     ("--dropout=1", "below 1"), ("--beta1=1", "below 1"), ("--device=abacus", "device"), ("--seed=-1", "at least 0"),
-    ("--data_dir=nowhere", "prepare_data.py"), ("--init_from=nowhere.pt", "no checkpoint"), ("--pos_encoding=x", "one of"),
+    ("--data_dir=nowhere", "prepare_data.py"), ("--init_from=nowhere.pt", "no checkpoint"),
+    ("--pos_encoding=x", "one of"),
     ("--preset=shakespeare_char", "python prepare_data.py shakespeare"), ("--eval_tokens=0", "at least 1"),
     ("--preset=gpt2", "python prepare_data.py fineweb_edu"), ("--log_every=0", "at least 1"),
 ]
@@ -43,7 +48,8 @@ SETTINGS = [
 def test_settings_of_training(option, message, stories, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = hashes(stories)
-    assert message in fails(train_gpt2.main, [f"--data_dir={stories}", option] if "preset" not in option else [option], capsys)
+    data = [] if "preset" in option else [f"--data_dir={stories}"]
+    assert message in fails(train_gpt2.main, [*data, option], capsys)
     assert hashes(stories) == before and not list(tmp_path.rglob("*.pt"))
 
 
@@ -54,7 +60,8 @@ def test_cuda_where_there_is_none(stories, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--temperature=-1"], "at least 0"), (["--top_k=0"], "at least 1"), (["--num_samples=0"], "at least 1"),
-    (["--max_new_tokens=x"], "whole number"), (["--checkpoint=nowhere.pt"], "no checkpoint"), (["--strat=x"], "no setting"),
+    (["--max_new_tokens=x"], "whole number"), (["--checkpoint=nowhere.pt"], "no checkpoint"),
+    (["--strat=x"], "no setting"),
     (["--checkpoint=."], "no checkpoint"), (["one", "two"], "no option"),
 ])
 def test_settings_of_sampling(argv, message, trained, capsys):
@@ -94,7 +101,8 @@ def change(checkpoint, key, value):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda c: change(c, "config", {}), lambda c: change(c["config"], "n_embd", 64), lambda c: change(c["config"], "n_head", 5),
+    lambda c: change(c, "config", {}), lambda c: change(c["config"], "n_embd", 64),
+    lambda c: change(c["config"], "n_head", 5),
     lambda c: change(c["config"], "n_layer", 10**9), lambda c: change(c["config"], "vocab_size", 2**60),
     lambda c: change(c["config"], "n_layer", "two"), lambda c: change(c["config"], "color", "red"),
     lambda c: change(c["model"], "extra", torch.zeros(1)), lambda c: c["model"].popitem(),
