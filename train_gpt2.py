@@ -1044,7 +1044,8 @@ def operations_per_token(model):
 # ---- A run and its folder --------------------------------------------------------------------------------------------
 
 FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps",
-                 "compile_model", "deterministic", "eval_only", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "log_every"}
+                 "compile_model", "deterministic", "eval_only", "eval_every", "eval_tokens", "sample_every",
+                 "checkpoint_every", "log_every"}
 LOG_COLUMNS = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_second,seconds".split(",")
 RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", ".lock"}
 
@@ -1350,7 +1351,7 @@ class Run:
         loss, norm = self.world.reduce(loss_sum.clone()).item(), grad_norm.item()
         # float16's scaler expects infinite gradients now and then, and skips those steps
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.world.dtype == torch.float16):
-            raise UserError(f"step {step:,} has loss {loss:.4g} and gradient norm {norm:.4g} at learning rate {lr:.2g}: "
+            raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g} at learning rate {lr:.2g}: "
                             "try a lower --learning_rate or more --warmup_steps; the last checkpoint in "
                             f"{self.folder} is whole")
         return loss, norm
@@ -1461,8 +1462,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
 def check_settings(s):
     """Raises UserError for a value out of range; fills in total_batch_size."""
     at_least = dict(batch_size=1, block_size=1, total_batch_size=1, grad_accum_steps=1, max_steps=1, warmup_steps=0,
-                    seed=0, eval_every=1, eval_tokens=1, sample_every=1, checkpoint_every=1, log_every=1, learning_rate=0,
-                    min_lr=0, weight_decay=0, grad_clip=0)
+                    seed=0, eval_every=1, eval_tokens=1, sample_every=1, checkpoint_every=1, log_every=1,
+                    learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0)
     for name, least in at_least.items():
         value = getattr(s, name)
         if value is not None and value < least:
