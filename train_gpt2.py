@@ -53,7 +53,7 @@ class Settings:
     preset: str = "stories"  # a row of PRESETS, which changes some of the settings below
     data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
     out_dir: str = ""  # where the run is kept; empty: out/<preset>
-    init_from: str = ""  # start from these weights: a checkpoint
+    init_from: str = ""  # start from these weights, and their shape: a checkpoint
     overwrite: bool = False  # start over in out_dir, where a run of other settings would take the next free folder
     seed: int = 1  # decides the first weights, the order of the data and dropout
     # the machine
@@ -70,6 +70,7 @@ class Settings:
     grad_accum_steps: int | None = None  # another way to say it: total = batch_size * block_size * this
     # the optimization
     max_steps: int = 1800  # optimizer steps in the whole run
+    max_minutes: float | None = None  # end after so much time, the cosine too: for a session that is cut off
     warmup_steps: int = 50  # the rate rises for so many steps
     learning_rate: float = 6e-3  # its peak: small models bear high rates
     min_lr: float = 0.0  # where the cosine ends
@@ -85,7 +86,7 @@ class Settings:
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"
     activation: Literal["gelu", "relu"] = "gelu"
     # what is shown, and how often (in steps)
-    eval_only: bool = False  # measure the checkpoint, or init_from, and train nothing
+    eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
     eval_every: int = 150
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
     sample_every: int = 600
@@ -531,13 +532,15 @@ def prefetch(make, start, stop):
 # ---- Schedule and optimizer ------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, s):
+def learning_rate(step, s, time_used=0.0):
     """Linear warm-up, because Adam's first averages come from few gradients, then a cosine from learning_rate down to
-    min_lr (GPT paper, section 4.1): large steps to get there, small ones to settle."""
+    min_lr (GPT paper, section 4.1): large steps to get there, small ones to settle. The cosine ends with the steps or,
+    where `time_used` (the share of max_minutes) is ahead of them, with the time."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
     progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)  # 0 -> 1
-    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, max(progress, time_used))
+    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model, s, device):
@@ -559,14 +562,18 @@ def train(s, world):
     devices and processes. Row s of the log describes the weights after s steps. Returns the exit status."""
     data = open_data(s.data_dir)
     torch.manual_seed(s.seed)
-    raw_model, data = build_model(s, data, world)
+    raw_model = build_model(s, data, world)
+    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
+    if s.eval_only:
+        return report_evaluation(*evaluate(raw_model, validation, s, world, data.token_bytes), s, world)
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
+    loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
     run = Run(s, raw_model, optimizer, data, world)
     start = run.resume_or_begin()
-    loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
-    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
-    model = compiled_and_parallel(raw_model.train(), s, plan, world)
+    model = compiled_and_parallel(raw_model.train(), s, world)
+    if world.device.type == "cuda":
+        fit_in_memory(model, plan, s, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     run.announce(plan, loader, validation)
 
@@ -575,7 +582,7 @@ def train(s, world):
 
     with run.interruptible(), contextlib.closing(prefetch(make, start, s.max_steps)) as batches:
         for step in range(start, s.max_steps + 1):
-            last = step == s.max_steps
+            last = step == s.max_steps or run.time_used >= 1
             if step > start and (last or step % s.checkpoint_every == 0):
                 run.save(step)
             if last or step % s.eval_every == 0:
@@ -585,7 +592,7 @@ def train(s, world):
             if last:
                 break
 
-            lr = learning_rate(step, s)
+            lr = learning_rate(step, s, run.time_used)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             micro_batches, targets_in_step = next(batches)
@@ -607,7 +614,7 @@ def train(s, world):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             run.after_step(step, targets_in_step, loss_sum, lr, grad_norm)
-            if run.stop_requested(step):
+            if run.stop_requested(step) and step + 1 < s.max_steps:
                 return run.stopped(step + 1)
     return run.finished()
 
@@ -964,16 +971,13 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def compiled_and_parallel(model, s, plan, world):
+def compiled_and_parallel(model, s, world):
     """The model that the training step calls: compiled, and wrapped for several processes. It shares the weights of
     `model`, which evaluation and sampling go on using uncompiled, since their shapes vary."""
     if s.compile_model is True or (s.compile_model == "auto" and world.device.type == "cuda"):
         try:
-            compiled = torch.compile(model)
-            idx = torch.zeros((plan.micro_rows, s.block_size), dtype=torch.int64, device=world.device)
-            with world.autocast():
-                compiled(idx, idx)  # a compiler that is missing shows only now
-            model = compiled
+            torch.compile(nn.Linear(8, 8).to(world.device))(torch.zeros(8, 8, device=world.device))
+            model = torch.compile(model)  # after a try, because a missing compiler shows only when it is used
         except Exception as error:
             if world.main:
                 print(f"warning: torch.compile does not work here ({type(error).__name__}), going on without it")
@@ -981,6 +985,34 @@ def compiled_and_parallel(model, s, plan, world):
         devices = [world.device.index] if world.device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
     return model
+
+
+def fit_in_memory(model, plan, s, world):
+    """Tries a micro-batch, with room for the optimizer's two averages; while that is too much, halves plan.micro_rows.
+    The step keeps its rows, in more micro-batches, so that the optimization stays the same."""
+    began_with = plan.micro_rows
+    while True:
+        failed = 0
+        try:
+            averages = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            idx = torch.zeros((plan.micro_rows, s.block_size), dtype=torch.int64, device=world.device)
+            with world.autocast(), world.accumulating(model, True):
+                model(idx, idx)[1].backward()
+        except torch.OutOfMemoryError:
+            failed = 1
+        averages = None  # noqa: F841 - given back before the next try
+        model.zero_grad(set_to_none=True)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not world.reduce(torch.tensor(failed, device=world.device), largest=True).item():  # all or none
+            break
+        if plan.micro_rows == 1:
+            raise UserError(f"not even one row of {s.block_size} tokens fits into the memory of {world.device}: halve "
+                            "--block_size or --n_embd")
+        plan.micro_rows = next(n for n in range(plan.micro_rows // 2, 0, -1) if plan.micro_rows % n == 0)
+    if world.main and plan.micro_rows < began_with:
+        print(f"batch_size {began_with} does not fit into memory: going on with {plan.micro_rows} rows at once, "
+              "the rest accumulated; the optimization stays the same")
 
 
 def keep_memory():
@@ -1018,6 +1050,14 @@ def evaluate(model, loader, s, world, token_bytes):
     # NCCL adds up on the GPU; where there is one process nothing moves
     nats, tokens, size = world.reduce(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
     return nats / tokens, nats / math.log(2) / size if size else math.nan
+
+
+def report_evaluation(loss, bits_per_byte, s, world):
+    """Prints what --eval_only=True found out; returns the exit status."""
+    if world.main:
+        print(f"{s.init_from} on {s.data_dir}: validation loss {loss:.4f} nats a token, "
+              f"perplexity {math.exp(loss):.2f}, {bits_per_byte:.4f} bits per byte")
+    return 0
 
 
 def matmul_speed(device, dtype, n=2048):
@@ -1073,16 +1113,12 @@ def plan_batch(s, world):
 
 
 def build_model(s, data, world):
-    """A new model of the settings' shape for this vocabulary, or the one in --init_from, on the device. Returns it
-    with the data, whose tokenizer it has to share."""
+    """On the device, a new model of the settings' shape for this vocabulary, or the one in --init_from."""
     if s.init_from:
         checkpoint = load_checkpoint(s.init_from)
         if checkpoint["tokenizer"] != data.tokenizer.spec:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with its own")
-        config = GPTConfig(**checkpoint["config"] | dict(dropout=s.dropout, attention=s.attention))
-        if s.block_size > config.block_size:
-            raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config.block_size} positions")
-        model = GPT(config)
+        model = GPT(GPTConfig(**checkpoint["config"] | dict(dropout=s.dropout, attention=s.attention)))
         model.load_state_dict(checkpoint["model"])
     else:
         names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
@@ -1093,7 +1129,20 @@ def build_model(s, data, world):
             raise UserError(f"a model of this shape takes {needed / 1e9:,.0f} GB: lower n_layer, n_embd or block_size")
         model = GPT(config)
     model.tokenizer, model.starts_documents = data.tokenizer, s.rows == "documents"
-    return model.to(world.device), data
+    return model.to(world.device)
+
+
+def adopt_shape(s, given):
+    """With --init_from the shape is that of the checkpoint; only shorter rows may be asked for."""
+    if s.eval_only and not s.init_from:
+        s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
+    if s.init_from:
+        config = load_checkpoint(s.init_from, look=True)["config"]
+        if s.block_size > config["block_size"] and "block_size" in given:
+            raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config['block_size']} positions")
+        for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "block_size"):
+            if name != "block_size" or name not in given:
+                setattr(s, name, config[name])
 
 
 def same_run(settings, other):
@@ -1132,6 +1181,7 @@ def choose_folder(s):
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
         saved = folder / "ckpt.pt"
+        done = saved.exists() and is_done(folder, load_checkpoint(saved, look=True)["step"], s)
         alike = not saved.exists() or same_run(load_checkpoint(saved, look=True)["settings"], dataclasses.asdict(s))
         if lock_file is None and (alike or s.overwrite):
             raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
@@ -1139,10 +1189,26 @@ def choose_folder(s):
             continue
         if s.overwrite or (not saved.exists() and not strange):
             return folder, None, lock_file
-        if saved.exists() and alike and load_checkpoint(saved, look=True)["step"] < s.max_steps:
+        if saved.exists() and alike and not done:
             return folder, saved, lock_file
         lock_file.close()
     raise UserError(f"{base} has {number:,} runs beside it: choose another --out_dir")
+
+
+def read_log(folder, before=math.inf):
+    """The whole rows of a folder's log.csv with a step below `before`, as lists of strings."""
+    try:
+        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and row[-1]]
+        return [row for row in rows if int(row[0]) < before]
+    except (OSError, ValueError):
+        return []
+
+
+def is_done(folder, step, s):
+    """Has the run in this folder, saved at `step`, taken all its steps or its time?"""
+    rows = read_log(folder) if s.max_minutes else []
+    return step >= s.max_steps or bool(rows) and float(rows[-1][-1]) >= 60 * s.max_minutes
 
 
 class Run:
@@ -1151,7 +1217,7 @@ class Run:
     def __init__(self, s, model, optimizer, data, world):
         self.s, self.model, self.optimizer, self.data, self.world = s, model, optimizer, data, world
         self.best, self.signal, self.bar = math.inf, None, None
-        self.tokens, self.row = 0, {}
+        self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
         self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
 
@@ -1182,7 +1248,7 @@ class Run:
                 raise UserError(f"{saved} does not fit this model ({str(error).splitlines()[0]}); start over with "
                                 "--overwrite=True") from None
             start, self.best = checkpoint["step"], checkpoint["best_val_loss"]
-            rows = self.read_log(start)
+            rows = read_log(self.folder, before=start)
         if self.world.main:
             for path in self.folder.glob(".*.tmp"):  # left by a run that was killed while writing
                 path.unlink()
@@ -1194,15 +1260,6 @@ class Run:
         self.began -= float(rows[-1][-1]) if rows else 0
         self.start = start
         return start
-
-    def read_log(self, start):
-        """The whole rows of log.csv before step `start`."""
-        try:
-            with open(self.folder / "log.csv", encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
-            return [row for row in rows if int(row[0]) < start and row[-1]]
-        except (OSError, ValueError):
-            return []
 
     def announce(self, plan, loader, validation):
         """Says what is about to happen."""
@@ -1237,8 +1294,7 @@ class Run:
         return 0
 
     def stopped(self, step):
-        if step < self.s.max_steps:
-            self.save(step)
+        self.save(step)
         self.close()
         if self.world.main:
             print(f"stopped at step {step:,}, saved in {self.folder}: the same command goes on from here", flush=True)
@@ -1308,7 +1364,7 @@ class Run:
             self.best = loss
             if self.world.main:
                 write_atomically(self.folder / "best.pt", lambda file: torch.save(self.checkpoint(step), file))
-        if step == self.s.max_steps:
+        if step == self.s.max_steps or self.time_used >= 1:
             self.write_row(step, {})
 
     def show_sample(self, step):
@@ -1329,6 +1385,9 @@ class Run:
             return
         loss, norm = self.check_finite()
         now = time.perf_counter()
+        if s.max_minutes:  # by the slowest clock, so that all processes end together
+            used = torch.tensor((now - self.began) / (60 * s.max_minutes), device=self.world.device)
+            self.time_used = self.world.reduce(used, largest=True).item()
         speed = (self.tokens - self.mark[1]) / (now - self.mark[0]) if self.mark else None
         self.mark = (now, self.tokens)
         self.write_row(step, {"train_loss": repr(loss), "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}",
@@ -1417,7 +1476,7 @@ def parse_value(name, kind, text):
 
 
 def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
-    """(settings, what differs from the defaults): defaults, then the preset, then the command line. `bare` names the
+    """(settings, those given on the command line): defaults, then the preset, then the command line. `bare` names the
     setting that a first word without dashes sets. Prints the help and exits for --help; raises UserError for
     anything that is not a setting or not of its type."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -1447,16 +1506,15 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
                 raise UserError(f"--{name} needs a value: --{name}=...")
             text = argv[next(words)]
         given[name] = parse_value(name, kinds[name], text)
-    changes = {}
+    preset_changes = {}
     if presets is not None:
         preset = given.get("preset", cls.preset)
         if preset not in presets:
             near = difflib.get_close_matches(preset, presets, 1, 0.4)
             raise UserError(f"there is no preset {preset!r}" + (f"; did you mean {near[0]}?" if near else "")
                             + f" All: {', '.join(presets)}")
-        changes |= presets[preset]
-    changes |= given
-    return cls(**changes), changes
+        preset_changes = presets[preset]
+    return cls(**preset_changes | given), given
 
 
 def check_settings(s):
@@ -1468,6 +1526,8 @@ def check_settings(s):
         value = getattr(s, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
+    if s.max_minutes is not None and s.max_minutes <= 0:
+        raise UserError(f"max_minutes is {s.max_minutes}: it must be more than 0")
     for name in ("beta1", "beta2", "dropout"):
         if not 0 <= getattr(s, name) < 1:
             raise UserError(f"{name} is {getattr(s, name)}: it must be at least 0 and below 1")
@@ -1491,12 +1551,14 @@ def prepare_stories(s, world):
 
 @reports_mistakes
 def main(argv=None):
-    s, changes = parse_settings(Settings, argv, __doc__, PRESETS)
+    s, given = parse_settings(Settings, argv, __doc__, PRESETS)
+    adopt_shape(s, given)
     check_settings(s)
     keep_memory()
     world = World(s)
     try:
         if world.main:
+            changes = PRESETS[s.preset] | given
             changed = " ".join(f"{name}={value}" for name, value in changes.items() if name != "preset")
             print(f"preset {s.preset}: {changed or 'as it stands'}")
         prepare_stories(s, world)

@@ -140,6 +140,12 @@ def test_a_new_run_from_old_weights(small_run, tmp_path, capsys):
     last = float([row for row in log_of(tmp_path / "run") if row["val_loss"]][-1]["val_loss"])
     train_gpt2.main([*small_run, f"--init_from={tmp_path / 'run' / 'ckpt.pt'}", f"--out_dir={tmp_path / 'tuned'}"])
     assert float(log_of(tmp_path / "tuned")[0]["val_loss"]) == pytest.approx(last, abs=1e-6)
+    capsys.readouterr()
+    data, tokens = small_run[0], "--eval_tokens=2000"
+    train_gpt2.main([data, tokens, "--eval_only", f"--init_from={tmp_path / 'run' / 'ckpt.pt'}", "--dtype=float32"])
+    assert f"validation loss {last:.2f}" in capsys.readouterr().out  # its shape comes from the checkpoint
+    assert "positions" in fails(train_gpt2.main, [data, f"--init_from={tmp_path / 'run' / 'ckpt.pt'}",
+                                                  "--block_size=128"], capsys)
 
 
 def test_a_living_run_is_left_alone(small_run, tmp_path, capsys):
@@ -178,3 +184,36 @@ def test_every_option_learns_real_text(options, shared_file, tmp_path, monkeypat
     train_gpt2.main([*options, "--data_dir=data/shakespeare", "--rows=stream", "--max_steps=300", "--n_layer=2",
                      "--eval_every=300", "--eval_tokens=20000", "--sample_every=300", "--out_dir=run"])
     assert 1.5 < float(log_of(tmp_path / "run")[-1]["val_loss"]) < 2.8
+
+
+def test_a_run_that_is_given_minutes(small_run, tmp_path, capsys):
+    """It ends in time, the rate near its end, and is done: the same command then begins another."""
+    argv = [*small_run, "--max_steps=100000", "--max_minutes=0.05", "--eval_every=1000", "--sample_every=100000"]
+    began = time.perf_counter()
+    assert train_gpt2.main(argv) == 0
+    assert 3 <= time.perf_counter() - began < 10
+    rates = [float(row["lr"]) for row in log_of(tmp_path / "run") if row["lr"]]
+    assert max(rates) > 5e-3 and rates[-1] < 1e-4
+    assert log_of(tmp_path / "run")[-1]["val_loss"]
+    train_gpt2.main(argv)
+    assert f"a new run in {tmp_path / 'run-2'}" in capsys.readouterr().out
+
+
+def test_micro_batches_shrink_until_they_fit(capsys, monkeypatch):
+    """Stands in for a GPU of which only four rows fit: the model says that memory ran out."""
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    forward, limit = model.forward, 4
+
+    def small_forward(idx, targets):
+        if len(idx) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(idx, targets)
+    monkeypatch.setattr(model, "forward", small_forward)
+    s = train_gpt2.Settings(device="cpu", dtype="float32", block_size=8)
+    plan = train_gpt2.Plan(rows_per_step=24, micro_rows=24)
+    train_gpt2.fit_in_memory(model, plan, s, train_gpt2.World(s))
+    assert plan.micro_rows == 3 and all(p.grad is None for p in model.parameters())
+    assert "going on with 3 rows" in capsys.readouterr().out
+    limit = 0
+    with pytest.raises(train_gpt2.UserError, match="--block_size"):
+        train_gpt2.fit_in_memory(model, plan, s, train_gpt2.World(s))
