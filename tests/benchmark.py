@@ -110,7 +110,7 @@ def benchmark_preparation(folder):
         seconds, peak = run("prepare_data.py", str(file), f"--tokenizer={kind}", f"--out_dir={folder / kind}")
         meta = json.loads((folder / kind / "meta.json").read_text(encoding="utf-8"))
         tokens = meta["train"]["tokens"] + meta["val"]["tokens"]
-        print(f"preparing {file.stat().st_size / 1e6:.0f} MB as {kind}: {tokens / seconds:,.0f} tokens/s from start to end, "
+        print(f"preparing {file.stat().st_size / 1e6:.0f} MB as {kind}: {tokens / seconds:,.0f} tokens/s in all, "
               f"peak {peak:,} MB")
 
 
