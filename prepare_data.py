@@ -1,6 +1,7 @@
 """Turn text into shards of tokens that train_gpt2.py reads.
 
     python prepare_data.py                                   # the embedded stories, offline
+    python prepare_data.py shakespeare                       # TinyShakespeare, downloaded, character by character
     python prepare_data.py my_text.txt                       # your own text, with a BPE trained on it, offline
     python prepare_data.py my_text.txt --tokenizer=char      # ... character by character
     python prepare_data.py my_text.txt --tokenizer=gpt2      # ... with OpenAI's vocabulary (downloaded once)
@@ -9,12 +10,14 @@ Text comes from a source, becomes ids through a tokenizer, and goes to shards in
 last, says what they hold. This file has them in that order: the stories' grammar, the BPE trainer, the shard writer.
 """
 import collections
-import dataclasses
 import heapq
+import http.client
 import json
 import math
 import random
 import sys
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +32,6 @@ from train_gpt2 import (
     Tokenizer,
     UserError,
     parse_settings,
-    read_shard,
     reports_mistakes,
     write_shard,
     write_text,
@@ -38,8 +40,8 @@ from train_gpt2 import (
 
 @dataclass
 class Settings:
-    dataset: str = "stories"  # stories, or a UTF-8 text file
-    tokenizer: Literal["auto", "gpt2", "bpe", "char"] = "auto"  # auto: bpe, trained on the text itself
+    dataset: str = "stories"  # stories, shakespeare, or a UTF-8 text file
+    tokenizer: Literal["auto", "gpt2", "bpe", "char"] = "auto"  # auto: char for shakespeare, else a bpe trained here
     vocab_size: int = 1024  # of a bpe: 256 bytes, the merges, and <|endoftext|>
     out_dir: str = ""  # empty: data/<dataset>, with _<tokenizer> behind it where that is not the usual one
     shard_tokens: int = 100_000_000  # tokens in a shard: 200 MB
@@ -62,21 +64,28 @@ TRAITS = ["brave", "shy", "clever", "sleepy", "curious", "stubborn", "cheerful",
 PLACES = ["by the sea", "near the old mill", "under a green hill", "at the edge of the forest", "on a tiny island",
           "above the bakery", "behind the station", "next to the zoo", "in a tall tower", "on a red boat",
           "beside the river", "in a windy village"]
-THINGS = ["kite", "drum", "lantern", "robot", "puppet", "trumpet", "sword", "dragon", "balloon", "basket", "map", "train",
-          "whistle", "coat", "clock", "snail"]
+THINGS = ["kite", "drum", "lantern", "robot", "puppet", "trumpet", "sword", "dragon", "balloon", "basket", "map",
+          "train", "whistle", "coat", "clock", "snail"]
 # What goes wrong, and the ways in which it can be put right.
 TROUBLES = {
-    "the wind blew it into a tree": ["climbed up to get it", "shook the branches until it fell", "asked a squirrel to fetch it"],
-    "it fell down a deep well": ["let down a bucket on a rope", "asked a frog to bring it back", "filled the well to the top"],
-    "a crow flew away with it": ["gave the crow some cheese for it", "followed the crow to its nest", "sang until the crow came back"],
-    "it slipped into the pond": ["waded in up to the chin", "pulled it out with a net", "paid a duck to dive for it"],
-    "a grumpy troll took it": ["made the troll laugh", "offered the troll a warm pie", "beat the troll at chess"],
-    "it broke in two": ["mended it with glue", "tied it together with string", "carried it to the blacksmith"],
-    "a goat began to eat it": ["scolded the goat", "gave the goat a hat instead", "tickled the goat behind the ears"],
+    "the wind blew it into a tree": [
+        "climbed up to get it", "shook the branches until it fell", "asked a squirrel to fetch it"],
+    "it fell down a deep well": [
+        "let down a bucket on a rope", "asked a frog to bring it back", "filled the well to the top"],
+    "a crow flew away with it": [
+        "gave the crow some cheese for it", "followed the crow to its nest", "sang until the crow came back"],
+    "it slipped into the pond": [
+        "waded in up to the chin", "pulled it out with a net", "paid a duck to dive for it"],
+    "a grumpy troll took it": [
+        "made the troll laugh", "offered the troll a warm pie", "beat the troll at chess"],
+    "it broke in two": [
+        "mended it with glue", "tied it together with string", "carried it to the blacksmith"],
+    "a goat began to eat it": [
+        "scolded the goat", "gave the goat a hat instead", "tickled the goat behind the ears"],
     "it rolled under the palace": ["dug a tunnel", "asked the queen for help", "sent in a very small mouse"],
 }
-FEELINGS = ["cried for an hour", "stamped on the ground", "went very quiet", "wanted to give up", "could not believe it",
-            "asked the moon for help"]
+FEELINGS = ["cried for an hour", "stamped on the ground", "went very quiet", "wanted to give up",
+            "could not believe it", "asked the moon for help"]
 GAMES = ["danced", "sang", "laughed", "ate pancakes", "told jokes", "played cards"]
 
 SENTENCES = [
@@ -159,7 +168,7 @@ def train_bpe(texts, vocab_size, progress=False):
     [(bytes, bytes), ...]: fewer than asked where the text runs out of pairs. The most frequent pair of neighbours
     merges next; a tie goes to the lexicographically greater pair. Raises UserError for a size out of range."""
     if not 257 <= vocab_size <= 65_536:
-        raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536 (uint16)")
+        raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
     # A corpus has few distinct words: each is taken apart once and counts as often as it occurs.
     split = regex.compile(SPLIT_PATTERN)
     counts = collections.Counter()
@@ -248,16 +257,37 @@ def bpe_spec(merges):
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def download(url, tries=3):
+    """The bytes at a URL; a connection that drops is tried again. Raises UserError where none gets through."""
+    for attempt in range(1, tries + 1):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                data = response.read()
+                if len(data) == int(response.headers.get("Content-Length", len(data))):
+                    return data
+                error = "it broke off"
+        except (OSError, http.client.HTTPException) as problem:
+            error = problem
+        if attempt < tries:
+            time.sleep(attempt)
+    raise UserError(f"cannot download {url} ({error}): get the file in another way, then: "
+                    "python prepare_data.py FILE.txt --tokenizer=char --out_dir=data/shakespeare")
+
+
 def read_text(path):
     """The text of a file, byte for byte. Raises UserError where it cannot be read, is empty or is not UTF-8."""
     try:
-        data = Path(path).read_bytes()
+        data = download(SHAKESPEARE_URL) if path == "shakespeare" else Path(path).read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at position {error.start:,}; convert it, for "
-                        "instance with iconv") from None
+        raise UserError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at position {error.start:,}; convert it, "
+                        "for instance with iconv") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): the data set is `stories` or the path of a text file") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): a data set is `stories`, `shakespeare` or the path of "
+                        "a text file") from None
     if not text:
         raise UserError(f"{path} is empty")
     return text
@@ -272,16 +302,18 @@ def split_documents(documents, val_fraction):
     return documents[:cut], documents[cut:]
 
 
-def encode_documents(documents, tokenizer):
-    """All ids of a split, (n,) uint16: <|endoftext|> before each document and after the last; for characters, the
-    documents joined by a blank line."""
+def encode_documents(documents, tokenizer, max_tokens=None):
+    """All ids of a split, (n,) uint16, cut after max_tokens: <|endoftext|> before each document and after the last; for
+    characters, the documents joined by a blank line."""
     if tokenizer.eot is None:
-        return np.array(tokenizer.encode("\n\n".join(documents)), dtype=np.uint16)
+        return np.array(tokenizer.encode("\n\n".join(documents)), dtype=np.uint16)[:max_tokens]
     ids = []
     for document in tqdm(documents, desc="tokens", unit=" documents", disable=len(documents) < 20_000):
         ids.append(tokenizer.eot)
         ids.extend(tokenizer.encode(document))
-    return np.array([*ids, tokenizer.eot], dtype=np.uint16)
+        if max_tokens and len(ids) >= max_tokens:
+            break
+    return np.array([*ids[:max_tokens and max_tokens - 1], tokenizer.eot], dtype=np.uint16)
 
 
 def landmarks(train, val, vocab_size):
@@ -319,51 +351,62 @@ def make_tokenizer(kind, documents, s):
     return bpe_spec(merges)
 
 
+def check_settings(s):
+    """Raises UserError for a value out of range."""
+    if not 0 < s.val_fraction < 1:
+        raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
+    for name, least in dict(shard_tokens=2, max_tokens=2, seed=0).items():
+        value = getattr(s, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}: it must be at least {least}")
+
+
 @reports_mistakes
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="dataset")
-    if not 0 < s.val_fraction < 1:
-        raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
-    if s.shard_tokens < 2 or (s.max_tokens is not None and s.max_tokens < 1):
-        raise UserError("shard_tokens must be at least 2, and max_tokens at least 1")
+    check_settings(s)
     if s.dataset == "stories":
         name = "stories"
         documents, nats = write_stories(STORIES, s.seed)
     else:
         name, documents = Path(s.dataset).stem, [read_text(s.dataset)]
-    kind = "bpe" if s.tokenizer == "auto" else s.tokenizer
-    folder = Path(s.out_dir or f"data/{name}" + (f"_{kind}" if s.tokenizer not in ("auto", "bpe") else ""))
-    claim(folder, name)
+    usual = "char" if name == "shakespeare" else "bpe"
+    kind = usual if s.tokenizer == "auto" else s.tokenizer
+    folder = Path(s.out_dir or f"data/{name}" + (f"_{kind}" if kind != usual else ""))
+
+    parts = dict(zip(("train", "val"), split_documents(documents, s.val_fraction), strict=True))
     tokenizer = Tokenizer(make_tokenizer(kind, documents, s))
+    ids = {"train": encode_documents(parts["train"], tokenizer, s.max_tokens),
+           "val": encode_documents(parts["val"], tokenizer)}
     meta = {"dataset": name, "tokenizer": tokenizer.spec}
-    ids = {}
-    for split, part in zip(("train", "val"), split_documents(list(documents), s.val_fraction), strict=True):
-        ids[split] = encode_documents(part, tokenizer)
-        if split == "train" and s.max_tokens:
-            ids[split] = ids[split][:s.max_tokens]
-        size = sum(len(text.encode("utf-8")) for text in part)
-        meta[split] = {"tokens": len(ids[split]), "documents": len(part), "bytes": size}
-        if len(ids[split]) < 2:
-            raise UserError(f"{s.dataset} is too short: its {split} split has {len(ids[split])} tokens")
-        first = 0 if split == "val" else 1
-        for number, begin in enumerate(range(0, len(ids[split]), s.shard_tokens), first):
-            write_shard(folder / f"{name}_{split}_{number:06d}.bin", ids[split][begin:begin + s.shard_tokens])
+    token_bytes = tokenizer.token_bytes()
+    for split, tokens in ids.items():
+        if len(tokens) < 4:
+            raise UserError(f"{s.dataset} is too short: its {split} split has {len(tokens)} tokens")
+        begun = len(parts[split]) if tokenizer.eot is None else int((tokens[:-1] == tokenizer.eot).sum())
+        meta[split] = {"tokens": len(tokens), "documents": begun, "bytes": int(token_bytes[tokens].sum())}
     meta["landmarks"] = landmarks(ids["train"], ids["val"], tokenizer.vocab_size)
     if s.dataset == "stories":
         # The lowest loss that any model can be expected to reach on exactly the validation targets: every token but
         # the first one, the closing <|endoftext|> of each story included, which is certain and so costs nothing.
         meta["entropy_floor"] = sum(nats[-meta["val"]["documents"]:]) / (len(ids["val"]) - 1)
-    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+
+    claim(folder, name)  # only now, so that a mistake leaves an older data set alone
+    for split, first in (("train", 1), ("val", 0)):
+        for number, begin in enumerate(range(0, len(ids[split]), s.shard_tokens), first):
+            write_shard(folder / f"{name}_{split}_{number:06d}.bin", ids[split][begin:begin + s.shard_tokens])
+    write_text(folder / "meta.json", json.dumps(meta) + "\n")
     summarize(folder, meta)
+    return 0
 
 
 def claim(folder, name):
-    """Makes the folder, or empties it of an older data set of this name. Raises UserError where it holds other things."""
+    """Makes the folder, or empties it of an older data set of this name. Raises UserError for other contents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         old = [path for path in folder.iterdir() if path.name != "meta.json"]
-        foreign = [path.name for path in old if not regex.fullmatch(regex.escape(name) + r"_(train|val)_\d{6}\.bin", path.name)
-                   and not path.name.endswith(".tmp")]
+        ours = regex.compile(regex.escape(name) + r"_(train|val)_\d{6}\.bin|\..*\.tmp")
+        foreign = [path.name for path in old if not ours.fullmatch(path.name)]
         if foreign:
             raise UserError(f"{folder} holds something else ({foreign[0]}): choose another --out_dir")
         (folder / "meta.json").unlink(missing_ok=True)
@@ -376,7 +419,8 @@ def claim(folder, name):
 def summarize(folder, meta):
     for split in ("train", "val"):
         m = meta[split]
-        print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, {m['bytes'] / m['tokens']:.2f} bytes a token")
+        print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, "
+              f"{m['bytes'] / m['tokens']:.2f} bytes a token")
     print(f"{meta['tokenizer']['kind']} tokenizer; nats a token by counting alone: "
           + ", ".join(f"{name} {value:.2f}" for name, value in meta["landmarks"].items())
           + (f"; the best possible: {meta['entropy_floor']:.4f}" if "entropy_floor" in meta else ""))

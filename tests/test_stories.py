@@ -97,3 +97,142 @@ def test_stories_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "taken" / "diary.txt").write_text("dear diary")
     assert "something else" in fails(prepare_data.main, ["stories", f"--out_dir={tmp_path / 'taken'}"], capsys)
     assert (tmp_path / "taken" / "diary.txt").read_text() == "dear diary"
+
+
+def test_a_mistake_leaves_the_older_data_alone(tmp_path, capsys):
+    text, folder = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text("some words to learn from, again and again. " * 40, encoding="utf-8")
+    argv = [str(text), f"--out_dir={folder}"]
+    assert prepare_data.main(argv) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for wrong, message in (("--vocab_size=256", "from 257"), ("--val_fraction=1.5", "between 0 and 1"),
+                           ("--vocab_size=70000", "65,536"), ("--shard_tokens=1", "at least 2")):
+        assert message in fails(prepare_data.main, [*argv, wrong], capsys)
+    text.write_bytes(b"abc \xff\xfe def")
+    assert "byte 0xff at position 4" in fails(prepare_data.main, argv, capsys)
+    text.write_bytes(b"")
+    assert "is empty" in fails(prepare_data.main, argv, capsys)
+    assert "cannot read" in fails(prepare_data.main, [str(tmp_path / "none.txt")], capsys)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_text_file_comes_back_byte_for_byte(tmp_path):
+    """Through every tokenizer, in shards that are smaller than the text, line ends and all."""
+    data = ("Line ends: \r\n and \n and \r; naïve 漢字 🙂🏽 <|endoftext|> \t tabs  and   spaces\n" * 60).encode()
+    (tmp_path / "text.txt").write_bytes(data)
+    for kind in ("bpe", "char"):
+        folder = tmp_path / kind
+        prepare_data.main([str(tmp_path / "text.txt"), f"--tokenizer={kind}", f"--out_dir={folder}",
+                           "--shard_tokens=500", "--vocab_size=300"])
+        opened = train_gpt2.open_data(folder)
+        found = b""
+        for split in ("train", "val"):
+            ids = [i for path in train_gpt2.shard_paths(folder)[split] for i in train_gpt2.read_shard(path).tolist()]
+            assert len(ids) == opened.meta[split]["tokens"]
+            if opened.eot is not None:
+                assert ids[0] == ids[-1] == opened.eot not in ids[1:-1]
+            found += b"".join(opened.tokenizer.decode_bytes([i]) for i in ids if i != opened.eot)
+        assert found == data and len(train_gpt2.shard_paths(folder)["train"]) > 1
+
+
+def naive_bpe(texts, vocab_size):
+    """Counts every pair anew before each merge: slow, and plainly right."""
+    import collections
+
+    import regex
+    words = [[bytes([b]) for b in word.encode()] for text in texts
+             for word in regex.findall(train_gpt2.SPLIT_PATTERN, text)]
+    merges = []
+    while len(merges) < vocab_size - 257:
+        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    return merges
+
+
+@pytest.mark.parametrize("text", [
+    "low low low lower lowest newer newest wider", "aaaa aaa aa a baaab aaaaaaaa", "abab baba abba " * 3,
+    "the cat sat on the mat, the cat! 123 123 1234", "漢字 漢字 漢 🙂🙂 🙂🏽 é é", "", "x",
+])
+def test_bpe_merges_are_those_of_a_naive_trainer(text):
+    for size in (257, 260, 300):
+        assert prepare_data.train_bpe([text, text[::-1]], size) == naive_bpe([text, text[::-1]], size)
+
+
+def test_different_choices_never_tell_the_same_story():
+    """The probabilities of a cut-down grammar, all of whose stories are told, add up to 1; and of many stories of the
+    whole grammar no two are alike unless their choices are."""
+    import itertools
+    import math
+    import random
+
+    from conftest import FULL
+
+    def all_stories():
+        """Every path through a grammar with few options: a choice beyond the first few of each list is cut off."""
+        pending = [[]]
+        while pending:
+            path, sizes = pending.pop(), []
+
+            def choose(among, path=path, sizes=sizes):
+                kept = among[:2] if len(sizes) % 3 else among[:1]
+                sizes.append(len(kept))
+                return kept[path[len(sizes) - 1] if len(sizes) <= len(path) else 0]
+            text, _ = prepare_data.tell(choose)
+            yield text, math.prod(1 / n for n in sizes)
+            for i in range(len(path), len(sizes)):
+                pending += [[*path, *[0] * (i - len(path)), k] for k in range(1, sizes[i])]
+    told = list(itertools.islice(all_stories(), 100_000))
+    assert len(told) > 500 and len({text for text, _ in told}) == len(told)
+    assert sum(p for _, p in told) == pytest.approx(1)
+
+    seen = {}
+    draw = random.Random(9).choice
+    for _ in range(1_000_000 if FULL else 30_000):
+        made = []
+        text, nats = prepare_data.tell(lambda among, made=made: made.append((len(among), draw(among))) or made[-1][1])
+        assert nats == pytest.approx(sum(math.log(n) for n, _ in made))
+        choices = hash(tuple(made))
+        assert seen.setdefault(hash(text), choices) == choices
+
+
+@pytest.mark.parametrize("broken", [0, 1, 3])
+def test_shakespeare_by_url(broken, tmp_path, monkeypatch, capsys):
+    """From a server on the loopback address, whose first answers break off in the middle."""
+    import http.server
+    import threading
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
+    answers = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answers.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text if len(answers) > broken else text[:100])
+
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+    monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
+    monkeypatch.chdir(tmp_path)
+    if broken < 3:
+        assert prepare_data.main(["shakespeare"]) == 0
+        meta = train_gpt2.open_data("data/shakespeare").meta
+        assert meta["tokenizer"]["kind"] == "char" and meta["train"]["bytes"] + meta["val"]["bytes"] == len(text)
+    else:
+        assert "cannot download" in fails(prepare_data.main, ["shakespeare"], capsys)
+        assert not (tmp_path / "data").exists()
+    server.shutdown()
+    server.server_close()
