@@ -30,7 +30,7 @@ def parse(text):
             return None
         choices.append((wording, [found[slot] for slot in found if slot not in known]))
         known, rest = found, rest[match.end():]
-    if rest or known["hero"] not in prepare_data.HEROES:
+    if rest or known["hero"] not in prepare_data.HEROES or known["hero"] == known["friend"]:
         return None
     allowed = all(value in prepare_data.options(slot, known) for slot, value in known.items())
     return choices if allowed else None
