@@ -66,7 +66,8 @@ def make_data(folder, vocab_size):
     file.write_text("\n\n".join(texts), encoding="utf-8")
     kind = "char" if vocab_size < 100 else "bpe"
     data = folder / f"data_{vocab_size}"
-    prepare_data.main([str(file), f"--tokenizer={kind}", f"--out_dir={data}"])
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        prepare_data.main([str(file), f"--tokenizer={kind}", f"--out_dir={data}"])
     if vocab_size > 10_000:  # GPT-2's width of the last product, without its vocabulary: the ids used are a few of it
         meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
         tokens = meta["tokenizer"]["ranks"]
