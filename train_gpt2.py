@@ -1260,7 +1260,6 @@ class Run:
     def announce(self, plan, loader, validation):
         """Says what is about to happen."""
         s, world, model = self.s, self.world, self.model
-        self.rows_per_step, self.loader = plan.rows_per_step, loader
         self.tokens = loader.targets_before(self.start * plan.rows_per_step)
         # The floor speaks of whole documents, and of all of them
         whole = validation.documents and not validation.cut_documents and s.eval_tokens is None
