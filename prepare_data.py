@@ -1,23 +1,37 @@
 """Turn text into shards of tokens that train_gpt2.py reads.
 
     python prepare_data.py                                   # the embedded stories, offline
-    python prepare_data.py shakespeare                       # TinyShakespeare, downloaded, character by character
     python prepare_data.py my_text.txt                       # your own text, with a BPE trained on it, offline
-    python prepare_data.py my_text.txt --tokenizer=char      # ... character by character
-    python prepare_data.py my_text.txt --tokenizer=gpt2      # ... with OpenAI's vocabulary (downloaded once)
+    python prepare_data.py "notes/*.jsonl" --text_column=body --tokenizer=gpt2      # also .parquet, also many .txt
+    python prepare_data.py shakespeare                       # TinyShakespeare, character by character
+    python prepare_data.py tinystories                       # TinyStories, character by character
+    python prepare_data.py fineweb_edu --max_tokens=500_000_000      # FineWeb-Edu, OpenAI's vocabulary
+    python prepare_data.py fineweb_edu_shards                # the same, tokenized already: 20 GB to download
+    python prepare_data.py hf:OWNER/NAME:CONFIG              # any data set of the Hugging Face hub
+    python prepare_data.py hellaswag                         # the questions that the evaluation asks
 
 Text comes from a source, becomes ids through a tokenizer, and goes to shards in llm.c's format; meta.json, written
-last, says what they hold. This file has them in that order: the stories' grammar, the BPE trainer, the shard writer.
+last, says what they hold. This file has them in that order. Stopped half way, the same command goes on.
 """
+import codecs
 import collections
+import contextlib
+import functools
+import glob
 import heapq
 import http.client
+import itertools
 import json
 import math
+import os
 import random
+import re
+import shutil
 import sys
 import time
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,11 +42,14 @@ from tqdm import tqdm
 
 from train_gpt2 import (
     END_OF_TEXT,
+    PRESETS,
     SPLIT_PATTERN,
     Tokenizer,
     UserError,
     parse_settings,
+    read_shard,
     reports_mistakes,
+    shard_paths,
     write_shard,
     write_text,
 )
@@ -40,12 +57,13 @@ from train_gpt2 import (
 
 @dataclass
 class Settings:
-    dataset: str = "stories"  # stories, shakespeare, or a UTF-8 text file
-    tokenizer: Literal["auto", "gpt2", "bpe", "char"] = "auto"  # auto: char for shakespeare, else a bpe trained here
+    dataset: str = "stories"  # a name from above, hf:OWNER/NAME[:CONFIG], or .txt, .jsonl, .parquet files (globs too)
+    tokenizer: Literal["auto", "gpt2", "bpe", "char"] = "auto"  # auto: as above; where nothing is said, a bpe
     vocab_size: int = 1024  # of a bpe: 256 bytes, the merges, and <|endoftext|>
+    text_column: str = "text"  # which column of a .jsonl, .parquet or hf: data set is the text
     out_dir: str = ""  # empty: data/<dataset>, with _<tokenizer> behind it where that is not the usual one
     shard_tokens: int = 100_000_000  # tokens in a shard: 200 MB
-    max_tokens: int | None = None  # stop after about so many; None: everything
+    max_tokens: int | None = None  # for training at most so many; None: everything
     val_fraction: float = 0.1  # this share of the text, at its end, is kept for validation
     seed: int = 1  # of the stories
 
@@ -169,11 +187,7 @@ def train_bpe(texts, vocab_size, progress=False):
     merges next; a tie goes to the lexicographically greater pair. Raises UserError for a size out of range."""
     if not 257 <= vocab_size <= 65_536:
         raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
-    # A corpus has few distinct words: each is taken apart once and counts as often as it occurs.
-    split = regex.compile(SPLIT_PATTERN)
-    counts = collections.Counter()
-    for text in texts:
-        counts.update(split.findall(text))
+    counts = count_words(texts)  # few are distinct: each is taken apart once and counts as often as it occurs
     words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in counts]  # each word's tokens so far
     frequency = list(counts.values())
 
@@ -204,6 +218,19 @@ def train_bpe(texts, vocab_size, progress=False):
             bar.update()
             bar.set_postfix_str(repr(b"".join(best.pair)), refresh=False)
     return merges
+
+
+def count_words(texts):
+    """{word: how often it occurs}: words are what GPT-2's pattern finds. It always cuts before a lone space, so a fast
+    pattern does so first, and the slow one sees each distinct piece once."""
+    pieces, words = collections.Counter(), collections.Counter()
+    for text in texts:
+        pieces.update(re.split(r"(?<=\S)(?= \S)", text))
+    split = regex.compile(SPLIT_PATTERN)
+    for piece, count in pieces.items():
+        for word in split.findall(piece):
+            words[word] += count
+    return words
 
 
 class Candidate(tuple):
@@ -254,10 +281,111 @@ def bpe_spec(merges):
     return {"kind": "bpe", "ranks": [token.decode("latin-1") for token in tokens]}
 
 
-# ---- Shards ----------------------------------------------------------------------------------------------------------
-
+# ---- Where text comes from -------------------------------------------------------------------------------------------
+# A source gives, for each split, a part: an object whose `batches(position)` yields (position, pieces) one after
+# another, from the position given on (None: the beginning). A piece is (text, whether a document begins with it);
+# a position is plain data, so that it can be kept in a file. `done(position)` is the share that lies before it.
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+HUB = {  # name: (repository on the Hugging Face hub, configuration)
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"), "tinystories": ("roneneldan/TinyStories", None)}
+SHARDS_ON_HUB = {"fineweb_shards": "kjj0/fineweb10B-gpt2", "fineweb_edu_shards": "kjj0/finewebedu10B-gpt2"}
+USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}  # tokenizers; bpe for all others
+PIECE = 1 << 20  # bytes of a text file that are read at once
+
+
+class Texts:
+    """Documents in memory."""
+
+    def __init__(self, documents):
+        self.documents = documents
+
+    def batches(self, position):
+        for i in range(position or 0, len(self.documents), 256):
+            yield i, [(text, True) for text in self.documents[i:i + 256]]
+
+    def done(self, position):
+        return position / len(self.documents)
+
+
+class TextFiles:
+    """Text files, each a document: a list of (path, first byte, byte behind the last)."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def batches(self, position):
+        number, offset = position or (0, None)
+        for i, (path, begin, end) in enumerate(self.files[number:], number):
+            for at, text in read_pieces(path, begin if offset is None else offset, end):
+                yield (i, at), [(text, at == begin)]
+            offset = None
+
+    def done(self, position):
+        sizes = [end - begin for _, begin, end in self.files]
+        return (sum(sizes[:position[0]]) + position[1] - self.files[position[0]][1]) / sum(sizes)
+
+
+class Rows:
+    """A column of a data set that the `datasets` library streams: the documents from number `first` up to `last`."""
+
+    def __init__(self, open_rows, column, first=0, last=None):
+        self.open_rows, self.column, self.first, self.last = open_rows, column, first, last
+
+    def batches(self, position):
+        row, state = position or (0, None)
+        with hub_mistakes():
+            rows = self.open_rows().with_format("arrow")
+            self.check(rows.features)
+            if state:
+                rows.load_state_dict(state)
+            # Arrow tables, because a dict for each row would take longer than its tokens.
+            with contextlib.closing(rows.iter(batch_size=256)) as tables:
+                while self.last is None or row < self.last:
+                    state = rows.state_dict()  # what `datasets` needs to go on from here
+                    if (table := next(tables, None)) is None:
+                        return
+                    if row + len(table) > self.first:
+                        texts = table[self.column][max(0, self.first - row):self.last and self.last - row]
+                        yield (row, state), [(text, True) for text in texts.to_pylist() if text]
+                    row += len(table)
+
+    def check(self, features):
+        """Raises UserError where there is no such column, or where it is not text."""
+        if features and self.column not in features:
+            raise UserError(f"there is no column {self.column!r}: choose one with --text_column, from "
+                            + ", ".join(features))
+        column = features and features[self.column]
+        if column and getattr(column, "dtype", "") not in ("string", "large_string", "null"):
+            raise UserError(f"the column {self.column!r} does not hold text, but {column}: choose another "
+                            "--text_column")
+
+    def done(self, position):
+        return (position[0] - self.first) / (self.last - self.first) if self.last else 0
+
+
+def read_pieces(path, begin=0, end=None):
+    """Yields (offset in bytes, text) of one piece after another of a UTF-8 file, cut only where GPT-2's pattern always
+    cuts, before a lone space or line break: their tokens are those of the whole. Raises UserError for other bytes."""
+    decoder, text, offset = codecs.getincrementaldecoder("utf-8")(), "", begin
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while True:
+            data = file.read(PIECE if end is None else min(PIECE, end - file.tell()))
+            try:
+                text += decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
+                                f"{file.tell() - len(error.object) + error.start:,}; convert it, for instance with "
+                                "iconv") from None
+            last = regex.search(r"(?r)(?<=\S)[ \n](?=\S)", text)  # (?r): search backwards
+            cut = len(text) if not data else last.start() if last else 0
+            if cut:
+                yield offset, text[:cut]
+                offset += len(text[:cut].encode("utf-8"))
+                text = text[cut:]
+            if not data:
+                return
 
 
 def download(url, tries=3):
@@ -277,141 +405,391 @@ def download(url, tries=3):
                     "python prepare_data.py FILE.txt --tokenizer=char --out_dir=data/shakespeare")
 
 
-def read_text(path):
-    """The text of a file, byte for byte. Raises UserError where it cannot be read, is empty or is not UTF-8."""
+@contextlib.contextmanager
+def hub_mistakes():
+    """Whatever fails in reading a data set that is not ours becomes one line: the library raises dozens of kinds."""
     try:
-        data = download(SHAKESPEARE_URL) if path == "shakespeare" else Path(path).read_bytes()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at position {error.start:,}; convert it, "
-                        "for instance with iconv") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): a data set is `stories`, `shakespeare` or the path of "
-                        "a text file") from None
-    if not text:
-        raise UserError(f"{path} is empty")
-    return text
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read the data set ({type(error).__name__}: {reason}); if the network failed, the same "
+                        "command goes on from where it stopped") from None
 
 
-def split_documents(documents, val_fraction):
-    """(train, val): the last part is for validation, cut between documents, or inside where there is only one."""
+def quiet_datasets():
+    """The `datasets` library without its bars and its log: what goes wrong is said in our one line."""
+    import datasets
+    datasets.disable_progress_bars()
+    import huggingface_hub
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity_error()
+    return datasets
+
+
+def open_hub(repository, config, split):
+    """A split of a data set on the hub, streamed: nothing is kept on the disk. Dropped connections are tried again by
+    the library."""
+    return quiet_datasets().load_dataset(repository, config, split=split, streaming=True)
+
+
+def find_files(pattern):
+    """The files that a path or glob names. Raises UserError where there are none, or of several kinds."""
+    paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    if not paths:
+        raise UserError(f"nothing matches {pattern}")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"cannot read {path} ({'a folder' if os.path.isdir(path) else 'no such file'}): a data set "
+                            f"is {', '.join(['stories', *USUAL, *SHARDS_ON_HUB])}, hellaswag, hf:OWNER/NAME, or a "
+                            ".txt, .jsonl or .parquet file")
+    kinds = {file_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{pattern} matches files of several kinds ({', '.join(sorted(kinds))}): name one kind")
+    return paths
+
+
+def file_kind(path):
+    """json or parquet, as `datasets` names what it reads; everything else is text."""
+    return {".jsonl": "json", ".parquet": "parquet"}.get(Path(path).suffix.lower(), "text")
+
+
+def open_source(s, paths):
+    """{split: part}, in the order in which they are prepared; or one part, called "both", where the length is unknown
+    and the first shard will be the validation split. `paths`: the local files, if that is what the data set is."""
+    if s.dataset == "stories":
+        return split_texts(write_stories(STORIES, s.seed)[0], s)
+    if s.dataset == "shakespeare":
+        return split_texts([download(SHAKESPEARE_URL).decode("utf-8")], s)
+    if paths:
+        return text_files(paths, s) if file_kind(paths[0]) == "text" else local_rows(paths, s)
+    repository, _, config = s.dataset.removeprefix("hf:").partition(":")
+    repository, config = HUB.get(s.dataset, (repository, config or None))
+    with hub_mistakes():
+        splits = quiet_datasets().get_dataset_split_names(repository, config)
+    found = {"train": "train" if "train" in splits else splits[0], "val": "validation"}
+    if "validation" not in splits:
+        found = {"both": found["train"]}
+    return {split: Rows(functools.partial(open_hub, repository, config, theirs), s.text_column)
+            for split, theirs in found.items()}
+
+
+def checksum(path):
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(PIECE):
+            value = zlib.crc32(data, value)
+    return value
+
+
+def for_validation(count, fraction):
+    """How many of `count` documents are for validation."""
+    return max(1, round(count * fraction))
+
+
+def split_texts(documents, s):
+    """The parts of documents in memory: cut between them, or inside where there is only one."""
     if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - val_fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    cut = len(documents) - max(1, round(len(documents) * val_fraction))
-    return documents[:cut], documents[cut:]
+        cut = int(len(documents[0]) * (1 - s.val_fraction))
+        return {"train": Texts([documents[0][:cut]]), "val": Texts([documents[0][cut:]])}
+    cut = len(documents) - for_validation(len(documents), s.val_fraction)
+    return {"train": Texts(documents[:cut]), "val": Texts(documents[cut:])}
 
 
-def encode_documents(documents, tokenizer, max_tokens=None):
-    """All ids of a split, (n,) uint16, cut after max_tokens: <|endoftext|> before each document and after the last; for
-    characters, the documents joined by a blank line."""
-    if tokenizer.eot is None:
-        return np.array(tokenizer.encode("\n\n".join(documents)), dtype=np.uint16)[:max_tokens]
-    ids = []
-    for document in tqdm(documents, desc="tokens", unit=" documents", disable=len(documents) < 20_000):
-        ids.append(tokenizer.eot)
-        ids.extend(tokenizer.encode(document))
-        if max_tokens and len(ids) >= max_tokens:
+def text_files(paths, s):
+    """The parts of text files. All is read once first, so that bytes that are not UTF-8 show before the work begins."""
+    files = []
+    for path in paths:
+        marks = [(0, 0)]  # (characters, bytes) that end with each piece
+        for offset, text in read_pieces(path):
+            marks.append((marks[-1][0] + len(text), offset + len(text.encode("utf-8"))))
+        if marks[-1][1]:
+            files.append((path, 0, marks[-1][1]))
+    if not files:
+        raise UserError(f"{s.dataset} is empty")
+    if len(files) > 1:
+        cut = len(files) - for_validation(len(files), s.val_fraction)
+        return {"train": TextFiles(files[:cut]), "val": TextFiles(files[cut:])}
+    path, begin, end = files[0]
+    wanted = int(marks[-1][0] * (1 - s.val_fraction))  # one document is cut inside, between characters
+    characters, offset = max(mark for mark in marks if mark[0] <= wanted)
+    text = next(read_pieces(path, offset))[1] if offset < end else ""
+    cut = offset + len(text[:wanted - characters].encode("utf-8"))
+    return {"train": TextFiles([(path, begin, cut)]), "val": TextFiles([(path, cut, end)])}
+
+
+def local_rows(paths, s):
+    """The parts of .jsonl or .parquet files, which are read through once to count their documents."""
+    paths = [path for path in paths if os.path.getsize(path)]
+    if not paths:
+        raise UserError(f"{s.dataset} is empty")
+
+    def open_rows():
+        return quiet_datasets().load_dataset(file_kind(paths[0]), split="train", streaming=True,
+                                             data_files={"train": [os.path.abspath(path) for path in paths]})
+    with hub_mistakes():
+        count = sum(map(len, open_rows().with_format("arrow").iter(batch_size=256)))
+    whole = Rows(open_rows, s.text_column, 0, count)
+    if not any(pieces for _, pieces in whole.batches(None)):  # a wrong column shows here
+        raise UserError(f"{s.dataset} is empty")
+    if count == 1:
+        return split_texts([text for _, pieces in whole.batches(None) for text, _ in pieces], s)
+    cut = count - for_validation(count, s.val_fraction)
+    return {"train": Rows(open_rows, s.text_column, 0, cut), "val": Rows(open_rows, s.text_column, cut, count)}
+
+
+# ---- The tokenizer ---------------------------------------------------------------------------------------------------
+
+BPE_SAMPLE = 50_000_000  # characters of the corpus that a bpe is trained on: more changes few merges
+
+
+def make_tokenizer(kind, batches, parts, s):
+    """The tokenizer's spec, made from the text where it has to be, and the batches, of which a bpe has seen some."""
+    if kind == "gpt2":
+        return {"kind": "gpt2"}, batches
+    if kind == "char":
+        alphabet, documents = set(), 0
+        for part in parts.values():
+            for _, pieces in part.batches(None):
+                alphabet.update(*(text for text, _ in pieces))
+                documents += sum(begins for _, begins in pieces)
+        alphabet |= {"\n"} if documents > len(parts) else set()  # between documents
+        if len(alphabet) > 65_535:
+            raise UserError(f"the text has {len(alphabet):,} distinct characters; more than 65,535 do not fit: use bpe")
+        return {"kind": "char", "alphabet": "".join(sorted(alphabet))}, batches
+    sample, characters = [], 0
+    for position, pieces in batches:
+        sample.append((position, pieces))
+        characters += sum(len(text) for text, _ in pieces)
+        if characters >= BPE_SAMPLE:
             break
-    return np.array([*ids[:max_tokens and max_tokens - 1], tokenizer.eot], dtype=np.uint16)
+    texts = (text for _, pieces in sample for text, _ in pieces)
+    merges = train_bpe(texts, s.vocab_size, progress=sys.stderr.isatty())
+    if len(merges) < s.vocab_size - 257:
+        print(f"the text ran out of pairs: the vocabulary has {len(merges) + 257:,} tokens, not {s.vocab_size:,}")
+    return bpe_spec(merges), itertools.chain(sample, batches)
+
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+# PROGRESS lies beside the shards while they are made, and says after each finished shard where to go on.
+
+PROGRESS = "preparing.json"
+
+
+def separator(tokenizer):
+    """(n,) uint16: the tokens before each document: <|endoftext|>, or a blank line in a corpus of characters."""
+    return np.array(tokenizer.document_start * (1 if tokenizer.eot is not None else 2), np.uint16)
+
+
+def encoded(batches, tokenizer):
+    """Yields (position, ids, starts) of one batch after another: ids (n,) uint16, each document behind its separator,
+    which begins at one of `starts`. All cores encode at once: tiktoken lets go of the interpreter's lock, so threads
+    do, which is simpler than processes."""
+    before = separator(tokenizer)
+
+    def encode(pieces):
+        arrays, starts, length = [], [], 0
+        for text, begins in pieces:
+            if begins:
+                starts.append(length)
+                arrays.append(before)
+            arrays.append(tokenizer.encode_array(text))
+            length += len(arrays[-1]) + (len(before) if begins else 0)
+        return np.concatenate(arrays) if arrays else np.zeros(0, np.uint16), np.array(starts, np.int64)
+
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque()
+        try:
+            for position, pieces in batches:
+                waiting.append((position, pool.submit(encode, pieces)))
+                if len(waiting) > 3 * workers:  # so much is read ahead, and no more: memory stays flat
+                    position, result = waiting.popleft()
+                    yield position, *result.result()
+            while waiting:
+                position, result = waiting.popleft()
+                yield position, *result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()
+
+
+def new_split(tokenizer, **changes):
+    """Where the preparation of a split stands: shards and documents so far, and where to go on: at this position of its
+    part, so many tokens behind it (a corpus of characters begins without a blank line)."""
+    skip = 0 if tokenizer.eot is not None else len(separator(tokenizer))
+    return dict(shards=0, documents=1 if skip else 0, position=None, skip=skip, finished=False) | changes
+
+
+@dataclass
+class Job:
+    """One data set in the making."""
+
+    s: Settings
+    name: str
+    folder: Path
+    progress: dict  # {"settings": ..., "tokenizer": its spec, "splits": {split: see new_split}}
+    tokenizer: Tokenizer | None = None
+
+    def save_progress(self):
+        write_text(self.folder / PROGRESS, json.dumps(self.progress))
+
+    def save_shard(self, split, arrays, **where):
+        """Writes the next shard of a split and then, so that a kill in between does no harm, where to go on."""
+        at = self.progress["splits"][split]
+        number = at["shards"] + (split == "train")  # as llm.c counts: the first shard, 0, is the validation split
+        write_shard(self.folder / f"{self.name}_{split}_{number:06d}.bin", np.concatenate(arrays))
+        at.update(shards=at["shards"] + 1, **where)
+        self.save_progress()
+
+
+def write_split(job, split, part, batches):
+    """Encodes a part and writes its shards, from where job.progress says."""
+    s, at = job.s, job.progress["splits"][split]
+    end = [] if job.tokenizer.eot is None else [job.tokenizer.eot]
+    limit = (s.max_tokens if split == "train" and s.max_tokens else sys.maxsize) - len(end)
+    shard, length, skip, tokens = [], 0, at["skip"], at["shards"] * s.shard_tokens
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, initial=tokens, disable=None) as bar:
+        for position, ids, starts in encoded(batches, job.tokenizer):
+            used, skip = min(skip, len(ids)), max(0, skip - len(ids))
+            while used < len(ids) and tokens < limit:
+                taken = ids[used:used + min(s.shard_tokens - length, limit - tokens)]
+                at["documents"] += int(((starts >= used) & (starts < used + len(taken))).sum())
+                shard.append(taken)
+                used, length, tokens = used + len(taken), length + len(taken), tokens + len(taken)
+                bar.update(len(taken))
+                if length == s.shard_tokens:
+                    job.save_shard(split, shard, position=position, skip=used)
+                    shard, length = [], 0
+            share = part.done(position)
+            bar.total = min(limit, int(tokens / share)) if share else limit if limit < sys.maxsize - 1 else None
+            if tokens >= limit:
+                break
+    if length or end:
+        job.save_shard(split, [*shard, np.array(end, np.uint16)], finished=True)
+    at["finished"] = True
+
+
+def write_both_splits(job, batches):
+    """Where nobody knows how long the text is: its first shard is the validation split, whole documents of it, and
+    write_split goes on behind it. A text that ends before is small, and gives its last documents instead."""
+    s, splits = job.s, job.progress["splits"]
+    end = np.array([] if job.tokenizer.eot is None else [job.tokenizer.eot], np.uint16)
+    wanted = min(s.shard_tokens, int(s.max_tokens * s.val_fraction) if s.max_tokens else sys.maxsize)
+    first = splits["val"]["skip"]  # where a split begins, counted from its first document's separator
+    ids, starts, length = [], [], 0
+    for position, batch, begins in encoded(batches, job.tokenizer):
+        beyond = begins[length + begins >= max(wanted, 1)]
+        if len(beyond):
+            cut = int(beyond[0])
+            splits["train"] = new_split(job.tokenizer, position=position, skip=first + cut)
+            documents = len(starts) + int((begins < cut).sum())
+            ids = np.concatenate([*ids, batch[:cut]])[first:]
+            job.save_shard("val", [ids, end], documents=documents, finished=True)
+            return
+        ids.append(batch)
+        starts += (length + begins).tolist()
+        length += len(batch)
+    if len(starts) < 2:
+        raise UserError(f"{s.dataset} holds {len(starts)} documents: too few to keep one for validation")
+    ids, cut = np.concatenate(ids), len(starts) - for_validation(len(starts), s.val_fraction)
+    train = ids[first:starts[cut]][:s.max_tokens and s.max_tokens - len(end)]
+    splits["train"] = new_split(job.tokenizer)
+    documents = int((np.array(starts[:cut]) < first + len(train)).sum())
+    job.save_shard("train", [train, end], documents=documents, finished=True)
+    job.save_shard("val", [ids[starts[cut] + first:], end], documents=len(starts) - cut, finished=True)
+
+
+# ---- What was made ---------------------------------------------------------------------------------------------------
+
+
+def chunks(shards, size=10_000_000):
+    """The tokens of successive shards, (n,) int64 at a time, each beginning with the last one of those before."""
+    last = np.zeros(0, np.int64)
+    for shard in shards:
+        for begin in range(0, len(shard), size):
+            tokens = np.concatenate([last, shard[begin:begin + size]])  # int64, as `last` is
+            yield tokens
+            last = tokens[-1:]
 
 
 def landmarks(train, val, vocab_size):
     """What models of counting alone reach on the validation tokens, in nats a token: `uniform` knows nothing, `unigram`
-    how frequent each token is, `bigram` what follows what. They are counted on `train`, each an array of ids; unseen
-    tokens get a little too (add-one), unseen pairs a share by their frequency (Witten & Bell 1991)."""
-    counts = np.bincount(train, minlength=vocab_size) + 1
+    how frequent each token is, `bigram` what follows what. They are counted on `train`; both are lists of arrays of
+    ids. Unseen tokens get a little too (add-one), unseen pairs a share by their frequency (Witten & Bell 1991)."""
+    counts = np.ones(vocab_size, np.int64)
+    pairs = np.zeros(vocab_size**2 if vocab_size <= 10_000 else 0, np.uint32)
+    for number, tokens in enumerate(chunks(train)):
+        counts += np.bincount(tokens[number > 0:], minlength=vocab_size)
+        if len(pairs):
+            np.add.at(pairs, tokens[:-1] * vocab_size + tokens[1:], np.uint32(1))
     unigram = counts / counts.sum()  # (V,)
-    found = {"uniform": math.log(vocab_size), "unigram": float(-np.log(unigram[val[1:]]).mean())}
-    if vocab_size <= 10_000:
-        pair, times = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
-        total = np.bincount(pair // vocab_size, weights=times, minlength=vocab_size)  # (V,) pairs that begin with each
-        kinds = np.bincount(pair // vocab_size, minlength=vocab_size)  # (V,) ... how many different ones
-        wanted = val[:-1].astype(np.int64) * vocab_size + val[1:]
-        at = np.minimum(np.searchsorted(pair, wanted), len(pair) - 1)
-        seen = np.where(pair[at] == wanted, times[at], 0)
-        first = val[:-1]
-        weight = np.maximum(kinds[first], 1)
-        found["bigram"] = float(-np.log((seen + weight * unigram[val[1:]]) / (total[first] + weight)).mean())
-    return found
+    table = pairs.reshape(-1, vocab_size)
+    follow = np.array([row.sum(dtype=np.int64) for row in table])  # (V,) how often anything follows each token
+    kinds = np.array([max(np.count_nonzero(row), 1) for row in table])  # (V,) ... how many different ones
+    targets, nats = 0, {"unigram": 0.0, "bigram": 0.0}
+    for tokens in chunks(val):
+        first, second = tokens[:-1], tokens[1:]
+        targets += len(second)
+        nats["unigram"] -= np.log(unigram[second]).sum()
+        if len(pairs):
+            likely = table[first, second] + kinds[first] * unigram[second]
+            nats["bigram"] -= np.log(likely / (follow[first] + kinds[first])).sum()
+    if not len(pairs):
+        del nats["bigram"]
+    return {"uniform": math.log(vocab_size)} | {name: float(sum_ / targets) for name, sum_ in nats.items()}
 
 
-def make_tokenizer(kind, documents, s):
-    """The tokenizer's spec: trained on the documents where it has to be."""
-    if kind == "gpt2":
-        return {"kind": "gpt2"}
-    if kind == "char":
-        alphabet = sorted(set("".join(documents)) | ({"\n"} if len(documents) > 1 else set()))
-        if len(alphabet) > 65_535:
-            raise UserError(f"the text has {len(alphabet):,} distinct characters; more than 65,535 do not fit: use bpe")
-        return {"kind": "char", "alphabet": "".join(alphabet)}
-    merges = train_bpe(documents, s.vocab_size, progress=sys.stderr.isatty())
-    if len(merges) < s.vocab_size - 257:
-        print(f"the text ran out of pairs: the vocabulary has {len(merges) + 257:,} tokens, not {s.vocab_size:,}")
-    return bpe_spec(merges)
+def describe(folder, name, tokenizer, documents):
+    """meta.json's contents but for the settings: counted from the shards, so that nothing had to be kept on the way."""
+    shards = {split: [read_shard(path) for path in paths] for split, paths in shard_paths(folder).items()}
+    token_bytes, meta = tokenizer.token_bytes(), {"dataset": name, "tokenizer": tokenizer.spec}
+    for split, arrays in shards.items():
+        counts = np.zeros(tokenizer.vocab_size, np.int64)
+        for array in arrays:
+            for begin in range(0, len(array), PIECE):
+                counts += np.bincount(array[begin:begin + PIECE], minlength=tokenizer.vocab_size)
+        meta[split] = {"tokens": int(counts.sum()), "documents": documents.get(split, int(counts[tokenizer.eot or 0])),
+                       "bytes": int(counts @ token_bytes)}
+        if counts.sum() < 4:
+            raise UserError(f"{name} is too short: its {split} split has {counts.sum()} tokens")
+    return meta | {"landmarks": landmarks(shards["train"], shards["val"], tokenizer.vocab_size)}
 
 
-def check_settings(s):
-    """Raises UserError for a value out of range."""
-    if not 0 < s.val_fraction < 1:
-        raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
-    for name, least in dict(shard_tokens=2, max_tokens=2, seed=0).items():
-        value = getattr(s, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}: it must be at least {least}")
+def claim(folder, name, settings):
+    """The progress of an unfinished preparation with these settings, or a new one's; None where all is done. Raises
+    UserError where the folder holds anything else."""
+    def refuse_others(found):
+        for key, value in settings.items():
+            if found.get(key) != value:
+                difference = "from another text" if key == "dataset" else f"with {key}={found.get(key)}, not {value}"
+                raise UserError(f"{folder} holds data prepared {difference}: choose another --out_dir, or remove that "
+                                "folder")
+    try:
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        for finished in [file for file in ("meta.json", PROGRESS) if file in names][:1]:
+            found = json.loads((folder / finished).read_text(encoding="utf-8"))
+            refuse_others(found["settings"])
+            if finished == "meta.json":
+                (folder / PROGRESS).unlink(missing_ok=True)
+                return None
+            return found
+        ours = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.bin|\..*\.tmp")
+        foreign = [file for file in names if not ours.fullmatch(file)]
+        if names and (foreign or not all(file.endswith(".tmp") for file in names)):
+            raise UserError(f"{folder} holds something else ({(foreign or names)[0]}): choose another --out_dir")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / finished} is not what prepare_data.py writes ({type(error).__name__}): choose "
+                        "another --out_dir, or remove that folder") from None
+    except OSError as error:
+        raise UserError(f"cannot look into {folder} ({error.strerror}): choose another --out_dir") from None
+    return {"settings": settings, "tokenizer": None, "splits": {}}
 
 
-@reports_mistakes
-def main(argv=None):
-    s, _ = parse_settings(Settings, argv, __doc__, bare="dataset")
-    check_settings(s)
-    if s.dataset == "stories":
-        name = "stories"
-        documents, nats = write_stories(STORIES, s.seed)
-    else:
-        name, documents = Path(s.dataset).stem, [read_text(s.dataset)]
-    usual = "char" if name == "shakespeare" else "bpe"
-    kind = usual if s.tokenizer == "auto" else s.tokenizer
-    folder = Path(s.out_dir or f"data/{name}" + (f"_{kind}" if kind != usual else ""))
-
-    parts = dict(zip(("train", "val"), split_documents(documents, s.val_fraction), strict=True))
-    tokenizer = Tokenizer(make_tokenizer(kind, documents, s))
-    ids = {"train": encode_documents(parts["train"], tokenizer, s.max_tokens),
-           "val": encode_documents(parts["val"], tokenizer)}
-    meta = {"dataset": name, "tokenizer": tokenizer.spec}
-    token_bytes = tokenizer.token_bytes()
-    for split, tokens in ids.items():
-        if len(tokens) < 4:
-            raise UserError(f"{s.dataset} is too short: its {split} split has {len(tokens)} tokens")
-        begun = len(parts[split]) if tokenizer.eot is None else int((tokens[:-1] == tokenizer.eot).sum())
-        meta[split] = {"tokens": len(tokens), "documents": begun, "bytes": int(token_bytes[tokens].sum())}
-    meta["landmarks"] = landmarks(ids["train"], ids["val"], tokenizer.vocab_size)
-    if s.dataset == "stories":
-        # The lowest loss that any model can be expected to reach on exactly the validation targets: every token but
-        # the first one, the closing <|endoftext|> of each story included, which is certain and so costs nothing.
-        meta["entropy_floor"] = sum(nats[-meta["val"]["documents"]:]) / (len(ids["val"]) - 1)
-
-    claim(folder, name)  # only now, so that a mistake leaves an older data set alone
-    for split, first in (("train", 1), ("val", 0)):
-        for number, begin in enumerate(range(0, len(ids[split]), s.shard_tokens), first):
-            write_shard(folder / f"{name}_{split}_{number:06d}.bin", ids[split][begin:begin + s.shard_tokens])
-    write_text(folder / "meta.json", json.dumps(meta) + "\n")
-    summarize(folder, meta)
-    return 0
-
-
-def claim(folder, name):
-    """Makes the folder, or empties it of an older data set of this name. Raises UserError for other contents."""
+def make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = [path for path in folder.iterdir() if path.name != "meta.json"]
-        ours = regex.compile(regex.escape(name) + r"_(train|val)_\d{6}\.bin|\..*\.tmp")
-        foreign = [path.name for path in old if not ours.fullmatch(path.name)]
-        if foreign:
-            raise UserError(f"{folder} holds something else ({foreign[0]}): choose another --out_dir")
-        (folder / "meta.json").unlink(missing_ok=True)
-        for path in old:
-            path.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
 
@@ -420,13 +798,151 @@ def summarize(folder, meta):
     for split in ("train", "val"):
         m = meta[split]
         print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, "
-              f"{m['bytes'] / m['tokens']:.2f} bytes a token")
+              f"{m['bytes'] / m['tokens']:.2f} bytes a token, {len(shard_paths(folder)[split])} shards")
     print(f"{meta['tokenizer']['kind']} tokenizer; nats a token by counting alone: "
           + ", ".join(f"{name} {value:.2f}" for name, value in meta["landmarks"].items())
           + (f"; the best possible: {meta['entropy_floor']:.4f}" if "entropy_floor" in meta else ""))
-    rows = "" if folder == Path("data/stories") else f" --data_dir={folder} --rows=stream"
-    print(f"written to {folder}; now: python train_gpt2.py{rows}")
+    made_for = [preset for preset, changes in PRESETS.items() if changes.get("data_dir") == folder.as_posix()]
+    options = "" if folder == Path("data/stories") else f" --data_dir={folder} --rows=stream"
+    print(f"written to {folder}; now: python train_gpt2.py" + (f" --preset={made_for[0]}" if made_for else options))
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def fetch_shards(s):
+    """Downloads shards of GPT-2 tokens that others have published, the validation split and as many more as max_tokens
+    asks for. What is there already is kept."""
+    import huggingface_hub as hub
+    folder, repository = Path(s.out_dir or f"data/{s.dataset}"), SHARDS_ON_HUB[s.dataset]
+    if (progress := claim(folder, s.dataset, {"dataset": s.dataset, "max_tokens": s.max_tokens})) is None:
+        return print(f"{folder} is complete already") or 0
+    tokenizer, tokens = Tokenizer({"kind": "gpt2"}), 0
+    with hub_mistakes():
+        quiet_datasets()
+        names = [name for name in hub.HfApi().list_repo_files(repository, repo_type="dataset") if name.endswith(".bin")]
+        make_folder(folder)
+        write_text(folder / PROGRESS, json.dumps(progress))
+        for name in sorted(names, key=lambda name: ("val" not in name, name)):
+            if "val" not in name and tokens >= (s.max_tokens or sys.maxsize):
+                break
+            path = folder / name
+            if not path.exists():
+                hub.hf_hub_download(repository, name, repo_type="dataset", local_dir=folder)
+            try:
+                count = len(read_shard(path))
+            except UserError:
+                path.unlink()  # so that the next try downloads it again
+                raise
+            tokens += 0 if "val" in name else count
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's notes on its downloads
+    return finish(folder, describe(folder, s.dataset, tokenizer, {}), progress["settings"])
+
+
+def write_hellaswag(s):
+    """The validation questions of HellaSwag (Zellers et al. 2019) as JSON lines, for train_gpt2.py's evaluation."""
+    path = Path(s.out_dir or "data/hellaswag") / "hellaswag_val.jsonl"
+    if path.exists():
+        return print(f"{path} is there already") or 0
+    with hub_mistakes():
+        rows = [json.dumps({"ctx": row["ctx"], "endings": row["endings"], "label": int(row["label"])})
+                for row in open_hub("Rowan/hellaswag", None, "validation")]
+    make_folder(path.parent)
+    write_text(path, "\n".join(rows) + "\n")
+    print(f"{len(rows):,} questions written to {path}; now: python train_gpt2.py --eval_only=True")
+    return 0
+
+
+def check_settings(s):
+    """Raises UserError for a value out of range."""
+    if not 0 < s.val_fraction < 1:
+        raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
+    for name, least, most in (("shard_tokens", 2, 2**31 - 1), ("max_tokens", 2, 2**63), ("seed", 0, 2**63)):
+        value = getattr(s, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value:,}: it must be at least {least}" + (f" and at most {most:,}"
+                            if value > most else ""))
+    if s.tokenizer in ("auto", "bpe") and not 257 <= s.vocab_size <= 65_536:
+        raise UserError(f"vocab_size is {s.vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
+
+
+def finish(folder, meta, settings):
+    """Writes meta.json, by which the data set is whole, and says what there is."""
+    write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
+    (folder / PROGRESS).unlink(missing_ok=True)
+    summarize(folder, meta)
+    return 0
+
+
+def name_of(s):
+    """(name of the data set, kind of tokenizer, folder)."""
+    path = s.dataset.removeprefix("hf:").split(":")[0]
+    name = Path(path).parent.name or "texts" if glob.has_magic(path) else Path(path).stem
+    name = re.sub(r"[^\w.-]", "_", name)
+    kind = USUAL.get(name, "bpe") if s.tokenizer == "auto" else s.tokenizer
+    return name, kind, Path(s.out_dir or f"data/{name}" + (f"_{kind}" if kind != USUAL.get(name, "bpe") else ""))
+
+
+def prepare(s):
+    """Text to shards: whatever is not there already."""
+    name, kind, folder = name_of(s)
+    paths = find_files(s.dataset) if s.dataset not in {"stories", *USUAL} and not s.dataset.startswith("hf:") else []
+    settings = {"dataset": [f"{Path(path).name} {checksum(path):08x}" for path in paths] or s.dataset,
+                "tokenizer": kind, "text_column": s.text_column, "seed": s.seed, "shard_tokens": s.shard_tokens,
+                "max_tokens": s.max_tokens, "val_fraction": s.val_fraction}
+    settings |= {"vocab_size": s.vocab_size} if kind == "bpe" else {}
+    if s.dataset.startswith("hf:") and not re.fullmatch(r"hf:[\w.-]+/[\w.-]+(:.+)?", s.dataset):
+        raise UserError(f"{s.dataset!r} is no data set of the hub: it is written hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+    if (progress := claim(folder, name, settings)) is None:
+        return print(f"{folder} is complete already; to prepare it anew, remove it") or 0
+    parts = open_source(s, paths)
+    make_folder(folder)
+    job, splits, seen = Job(s, name, folder, progress), progress["splits"], {}
+    if progress["tokenizer"]:
+        job.tokenizer = Tokenizer(progress["tokenizer"])
+        print(f"going on in {folder}, behind {sum(at['shards'] for at in splits.values())} finished shards")
+    else:
+        first = next(iter(parts))
+        progress["tokenizer"], seen[first] = make_tokenizer(kind, parts[first].batches(None), parts, s)
+        job.tokenizer = Tokenizer(progress["tokenizer"])
+        job.save_progress()  # before the first shard, which would be nobody's otherwise
+    if "both" in parts:
+        parts["train"] = parts.pop("both")
+        if not splits.get("val", {}).get("finished"):
+            splits["val"] = new_split(job.tokenizer)
+            write_both_splits(job, seen.pop("both", None) or parts["train"].batches(None))
+    for split, part in parts.items():
+        at = splits.setdefault(split, new_split(job.tokenizer))
+        if not at["finished"]:
+            write_split(job, split, part, seen.get(split) or part.batches(at["position"]))
+    meta = describe(folder, name, job.tokenizer, {split: at["documents"] for split, at in splits.items()})
+    if s.dataset == "stories":
+        # The lowest loss that any model can be expected to reach on exactly the validation targets: every token but
+        # the first one, the closing <|endoftext|> of each story included, which is certain and so costs nothing.
+        nats = write_stories(STORIES, s.seed)[1][-meta["val"]["documents"]:]
+        meta["entropy_floor"] = sum(nats) / (meta["val"]["tokens"] - 1)
+    return finish(folder, meta, settings)
+
+
+@reports_mistakes
+def main(argv=None):
+    s, _ = parse_settings(Settings, argv, __doc__, bare="dataset")
+    check_settings(s)
+    try:
+        if s.dataset in SHARDS_ON_HUB:
+            return fetch_shards(s)
+        return write_hellaswag(s) if s.dataset == "hellaswag" else prepare(s)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on behind the last finished shard", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code
+    # Not sys.exit: pyarrow aborts at the interpreter's end where a parquet stream was left early (apache/arrow#45214)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
