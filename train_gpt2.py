@@ -751,11 +751,17 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # llm.c's numbers: 256 int32 of header
 
 
 def write_shard(path, tokens):
-    """Writes a list or array of token ids, each below 65,536, as one shard, atomically."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_atomically(path, lambda file: (file.write(header.tobytes()),
-                                         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)))
+    """Writes token ids, each below 65,536, as one shard, atomically: a list or an array of them, or a generator of
+    arrays, which are written one behind the other and need not fit into memory together."""
+    def write(file):
+        header = np.zeros(256, "<i4")
+        file.write(header.tobytes())  # keeps the place until the number of tokens is known
+        for piece in tokens if inspect.isgenerator(tokens) else [tokens]:
+            file.write(np.ascontiguousarray(piece, dtype="<u2").data)
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, (file.tell() - header.nbytes) // 2
+        file.seek(0)
+        file.write(header.tobytes())
+    write_atomically(path, write)
 
 
 def read_shard(path):
@@ -853,9 +859,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise
         if isinstance(error, RuntimeError) and "write" not in str(error) and "file" not in str(error):
             raise
         raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or 'the disk is full or failing'}): "
