@@ -738,7 +738,7 @@ def write_both_splits(job, batches):
 # ---- What was made ---------------------------------------------------------------------------------------------------
 
 
-def chunks(shards, size=10_000_000):
+def chunks(shards, size=1_000_000):
     """The tokens of successive shards, (n,) int64 at a time, each beginning with the last one of those before."""
     last = np.zeros(0, np.int64)
     for shard in shards:
