@@ -23,6 +23,7 @@ import http.client
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -188,91 +189,90 @@ def train_bpe(texts, vocab_size, progress=False):
     if not 257 <= vocab_size <= 65_536:
         raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
     counts = count_words(texts)  # few are distinct: each is taken apart once and counts as often as it occurs
-    words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in counts]  # each word's tokens so far
+    # A word is a string with a character for each of its tokens, at first its bytes: to merge is to replace two
+    # characters by one.
+    words = [word.encode("utf-8").decode("latin-1") for word in counts]
     frequency = list(counts.values())
+    tokens = [bytes([byte]) for byte in range(256)]  # what character number 0, 1, ... stands for
 
-    pairs = collections.Counter()  # (left, right) -> how often they stand side by side in the corpus
-    where = collections.defaultdict(set)  # (left, right) -> the words in which they may do
+    pairs = collections.Counter()  # two characters -> how often they stand side by side in the corpus
+    where = collections.defaultdict(list)  # two characters -> the words in which they may do
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in map(operator.add, word, word[1:]):
             pairs[pair] += frequency[i]
-            where[pair].add(i)
-    # A heap finds the greatest count at once. Counts change; rather than search the heap for the old entry we add a
-    # new one, and skip those that no longer tell the truth when they come up.
-    heap = [Candidate(count, pair) for pair, count in pairs.items()]
+            where[pair].append(i)
+    # A heap finds the greatest count at once. Counts fall when other merges take neighbours away; an entry that comes
+    # up with an old count goes back with the present one.
+    heap = [candidate(pair, pairs, tokens) for pair in pairs]
     heapq.heapify(heap)
 
     merges = []
     with tqdm(total=vocab_size - 257, desc="merges", disable=not progress) as bar:
         while heap and len(merges) < vocab_size - 257:
-            best = heapq.heappop(heap)
-            if best.count != pairs[best.pair]:
-                continue
-            merges.append(best.pair)
-            changed = merge_everywhere(best.pair, words, frequency, pairs, where)
-            for pair in changed:
+            count, *_, pair = heapq.heappop(heap)
+            if -count != pairs[pair]:
                 if pairs[pair] > 0:
-                    heapq.heappush(heap, Candidate(pairs[pair], pair))
-                else:
-                    pairs.pop(pair), where.pop(pair, None)
+                    heapq.heappush(heap, candidate(pair, pairs, tokens))
+                continue
+            left, right = (tokens[ord(character)] for character in pair)
+            merges.append((left, right))
+            gained = merge_everywhere(pair, chr(len(tokens)), words, frequency, pairs, where)
+            tokens.append(left + right)
+            for new in gained:
+                heapq.heappush(heap, candidate(new, pairs, tokens))
             bar.update()
-            bar.set_postfix_str(repr(b"".join(best.pair)), refresh=False)
+            bar.set_postfix_str(repr(left + right), refresh=False)
     return merges
 
 
 def count_words(texts):
-    """{word: how often it occurs}: words are what GPT-2's pattern finds. It always cuts before a lone space, so a fast
-    pattern does so first, and the slow one sees each distinct piece once."""
+    """{word: how often it occurs}: words are what GPT-2's pattern finds. A fast pattern that knows only white space
+    cuts first, and the slow one sees each distinct piece once."""
     pieces, words = collections.Counter(), collections.Counter()
+    # `re` takes four control characters for white space that Unicode, and so GPT-2's pattern, does not
+    space, other = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
+    cut = re.compile(f" ?{other}+|{space}+(?!{other})|{space}+")
     for text in texts:
-        pieces.update(re.split(r"(?<=\S)(?= \S)", text))
+        pieces.update(cut.findall(text))
     split = regex.compile(SPLIT_PATTERN)
     for piece, count in pieces.items():
-        for word in split.findall(piece):
+        for word in split.findall(piece) if not piece.isspace() else [piece]:
             words[word] += count
     return words
 
 
-class Candidate(tuple):
-    """(count, pair) in a heap: greater counts come first, and of equal ones the greater pair."""
-
-    def __new__(cls, count, pair):
-        return super().__new__(cls, (count, pair))
-
-    count = property(lambda self: self[0])
-    pair = property(lambda self: self[1])
-
-    def __lt__(self, other):
-        return tuple.__gt__(self, other)
+def candidate(pair, pairs, tokens):
+    """A pair's entry in the heap, whose smallest comes first: the count is negated, and the bytes are turned upside
+    down, so that among equal counts the greater pair comes first."""
+    upside_down = ("".join(chr(255 - byte) for byte in tokens[ord(token)]) + chr(256) for token in pair)
+    return -pairs[pair], *upside_down, pair
 
 
-def merge_everywhere(pair, words, frequency, pairs, where):
+def merge_everywhere(pair, merged, words, frequency, pairs, where):
     """Merges a pair in all words that hold it, and updates the counts of the pairs around: of those alone, which is
-    what makes this fast. Returns the pairs whose count changed."""
-    left, right = pair
-    merged = left + right
-    changed = set()
+    what makes this fast. Returns the pairs that came to be."""
+    first, second = pair
+    gained = collections.Counter()
     for i in where.pop(pair):
-        old, new, j = words[i], [], 0
-        while j < len(old):
-            if old[j] == left and j + 1 < len(old) and old[j + 1] == right:
-                new.append(merged)
-                j += 2
-            else:
-                new.append(old[j])
-                j += 1
-        if len(new) == len(old):
-            continue  # an earlier merge took the pair apart
-        words[i] = new
-        before, after = list(zip(old, old[1:], strict=False)), list(zip(new, new[1:], strict=False))
-        for neighbours in before:
-            pairs[neighbours] -= frequency[i]
-        for neighbours in after:
-            pairs[neighbours] += frequency[i]
-            where[neighbours].add(i)
-        changed.update(before)
-        changed.update(after)
-    return changed
+        parts = words[i].split(pair)  # what stands between its occurrences
+        words[i] = merged.join(parts)
+        for left, right in itertools.pairwise(parts):  # around one occurrence
+            if left:
+                pairs[left[-1] + first] -= frequency[i]
+                gained[left[-1] + merged] += frequency[i]
+                where[left[-1] + merged].append(i)
+            if right:
+                pairs[second + right[0]] -= frequency[i]
+                gained[merged + right[0]] += frequency[i]
+                where[merged + right[0]].append(i)
+        for between in parts[1:-1]:
+            if not between:  # two occurrences side by side
+                pairs[second + first] -= frequency[i]
+                gained[merged + merged] += frequency[i]
+                where[merged + merged].append(i)
+    pairs.update(gained)
+    del pairs[pair]
+    return gained
 
 
 def bpe_spec(merges):
