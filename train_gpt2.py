@@ -149,9 +149,9 @@ class GPTConfig:
 
     def check(self):
         """Raises UserError for a shape that cannot be built."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 2**24:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number from 1 to 2^24")
+        for name, most in dict(vocab_size=2**24, block_size=2**24, n_layer=2**10, n_head=2**24, n_embd=2**24).items():
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number from 1 to {most:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.pos_encoding == "sinusoidal" and self.n_embd % 2:
@@ -369,8 +369,6 @@ class GPT(nn.Module):
         model = cls(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         model.tokenizer = Tokenizer(checkpoint["tokenizer"])
-        if model.tokenizer.vocab_size != model.config.vocab_size:
-            raise UserError(f"{path} is damaged: its tokenizer has another vocabulary than its model")
         model.starts_documents = checkpoint["settings"].get("rows") == "documents"
         return model.to(device).eval()
 
@@ -925,6 +923,11 @@ def load_checkpoint(path, look=False):
     if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
         raise UserError(f"{path} is damaged: its step or its best loss is impossible")
     check_weights(checkpoint["model"], checkpoint["config"], path)
+    try:
+        if Tokenizer(checkpoint["tokenizer"]).vocab_size != checkpoint["config"]["vocab_size"]:
+            raise UserError("its tokenizer has another vocabulary than its model")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return checkpoint if look else copy.deepcopy(checkpoint)  # into memory of its own: the file may be replaced
 
 
@@ -1314,7 +1317,11 @@ class Run:
         self.folder, saved, problem = self.world.from_main((folder, saved, problem))
         if problem:
             raise UserError(problem)
-        self.start = self.load(saved) if saved else 0
+        try:
+            self.start = self.load(saved) if saved else 0
+        except UserError:
+            self.close()  # whoever calls main() again in this process, as in a notebook, finds the folder free
+            raise
         rows = [row for row in read_log(self.folder) if int(row[0]) < self.start]
         self.began -= float(rows[-1][-1]) if rows else 0
         if self.world.main:
@@ -1637,6 +1644,9 @@ def check_settings(s):
         s.total_batch_size = s.batch_size * s.block_size * s.grad_accum_steps
     elif s.total_batch_size is None:
         s.total_batch_size = s.batch_size * s.block_size
+    for name, most in dict(seed=2**63, block_size=2**24, batch_size=2**20, total_batch_size=2**27).items():
+        if getattr(s, name) > most:
+            raise UserError(f"{name} is {getattr(s, name):,}: it must be at most {most:,}")
 
 
 def prepare_stories(s, world):
@@ -1669,8 +1679,8 @@ def main(argv=None):
         if is_out_of_memory(error):
             accumulated = max(1, s.total_batch_size // (s.batch_size * s.block_size))
             raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) and double "
-                            f"--grad_accum_steps ({accumulated}); the same command then goes on from the last "
-                            "checkpoint, and the optimization stays the same") from None
+                            f"--grad_accum_steps ({accumulated}), and the same run goes on from its last checkpoint; "
+                            "where one row is too much, lower --block_size or --n_embd") from None
         if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
             # Each one says it that is left: nobody knows which they are
             print(f"error: process {world.rank} ends, because another one was killed or failed: see above; the same "
