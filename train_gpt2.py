@@ -14,9 +14,9 @@ GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 
 """
 import contextlib
 import copy
-import csv
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import json
@@ -29,6 +29,8 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +149,9 @@ class GPTConfig:
 
     def check(self):
         """Raises UserError for a shape that cannot be built."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 2**24:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number from 1 to 2^24")
+        for name, most in dict(vocab_size=2**24, block_size=2**24, n_layer=2**10, n_head=2**24, n_embd=2**24).items():
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number from 1 to {most:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.pos_encoding == "sinusoidal" and self.n_embd % 2:
@@ -565,12 +567,12 @@ def train(s, world):
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
-    run = Run(s, raw_model, optimizer, data, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    run = Run(s, raw_model, optimizer, scaler, data, world)
     start = run.resume_or_begin()
     model = compiled_and_parallel(raw_model.train(), s, world)
     if world.device.type == "cuda":
         fit_in_memory(model, plan, s, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     run.announce(plan, loader, validation)
 
     def make(step):
@@ -625,16 +627,32 @@ class UserError(Exception):
 
 
 def reports_mistakes(main):
-    """Decorates a script's main(): a UserError becomes `error: ...` on stderr; anything else is a bug and stays one."""
+    """Decorates a script's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C one line and
+    130; anything else is a bug and stays one."""
     @functools.wraps(main)
     def wrapper(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a Windows code page lacks most characters: print ? for them
+                stream.reconfigure(errors="replace")
         try:
             return main(argv)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # under torchrun all processes meet the same mistake: say it once
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") != "0":
+                # Most mistakes are met by all processes, and told by the first. Where it has met the same one it is
+                # gone by now, and torchrun ends this process in its sleep; if not, it must be told from here.
+                time.sleep(3)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
     return wrapper
+
+
+def is_out_of_memory(error):
+    """Does this exception say so? CUDA has a class of its own for it, other devices have only words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|can't allocate memory|not enough memory", str(error)))
 
 
 def mix(*numbers):
@@ -664,6 +682,8 @@ class Tokenizer:
         kind = spec.get("kind") if isinstance(spec, dict) else None
         if kind == "char" and isinstance(spec.get("alphabet"), str) and spec["alphabet"]:
             self.alphabet, self.eot = spec["alphabet"], None
+            if len(set(self.alphabet)) != len(self.alphabet) or re.search("[\ud800-\udfff]", self.alphabet):
+                raise UserError("the `alphabet` of a char tokenizer must be distinct characters")
             self.ids = {character: i for i, character in enumerate(self.alphabet)}
             self.vocab_size = len(self.alphabet)
         elif kind == "bpe":
@@ -829,7 +849,7 @@ def open_data(data_dir):
     """Reads meta.json; a folder of shards without one is taken as GPT-2 tokens. Raises UserError where there is no
     data, or where meta.json is not what prepare_data.py writes."""
     path = Path(data_dir) / "meta.json"
-    if not path.parent.is_dir():
+    if not os.path.isdir(data_dir):
         raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
     if not path.exists():
         shard_paths(data_dir)
@@ -837,12 +857,17 @@ def open_data(data_dir):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(meta["dataset"], str) or not isinstance(meta["tokenizer"], dict):
-            raise KeyError("dataset, tokenizer")
-        float(meta.get("entropy_floor", 0)), [float(v) for v in meta.get("landmarks", {}).values()]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise TypeError("dataset or tokenizer")
+        for value in (meta.get("entropy_floor", 0), *meta.get("landmarks", {}).values()):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{value!r} nats")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not what prepare_data.py writes ({type(error).__name__}: {error}); "
                         f"{how_to_prepare(data_dir)}") from None
-    return Data(meta, Tokenizer(meta["tokenizer"]))
+    try:
+        return Data(meta, Tokenizer(meta["tokenizer"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---- Files and checkpoints -------------------------------------------------------------------------------------------
@@ -862,12 +887,16 @@ def write_atomically(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what went wrong
+        if not isinstance(reason, OSError):
             raise
-        if isinstance(error, RuntimeError) and "write" not in str(error) and "file" not in str(error):
-            raise
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or 'the disk is full or failing'}): "
-                        "free some space or choose another folder; what was there before is whole") from None
+        raise cannot_write(path, reason) from None
+
+
+def cannot_write(path, error):
+    """The UserError for an OSError in writing."""
+    return UserError(f"cannot write {path} ({error.strerror}): free some space there or choose another folder; what "
+                     "was there before is whole, and the same command goes on from it")
 
 
 def write_text(path, text):
@@ -878,39 +907,67 @@ def load_checkpoint(path, look=False):
     """The dict in a checkpoint, tensors on the CPU (with look=True still in the file: to look and let go). Only plain
     data is ever unpickled, and shapes are checked against the config before anything is allocated. Raises UserError
     for everything that is no whole checkpoint."""
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train_gpt2.py")
     try:
-        # mmap: tensors stay in the file until they are used, so a file that claims terabytes costs nothing yet
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:  # that is what torch.save writes, with a checksum for each part
+            if any(part.compress_type for part in archive.infolist()) or not look and archive.testzip():
+                raise ValueError
+        with warnings.catch_warnings(action="ignore"):
+            # mmap: tensors stay in the file until they are used, so a file that claims terabytes costs nothing yet
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key, value in checkpoint.items():
+            if not all(key in ("model", "optimizer") and is_plain(tensor) for tensor in tensors_in(value)):
+                raise ValueError
     except Exception as error:  # a damaged file can fail in any of a dozen ways
         raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); use another, such as "
-                        "the best.pt beside it") from None
+                        "the best.pt beside it, or train again with --overwrite=True") from None
     kinds = {"model": dict, "step": int, "config": dict, "settings": dict, "tokenizer": dict, "best_val_loss": float}
     for key, kind in kinds.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+        if not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path} is no checkpoint of train_gpt2.py: it has no {key}")
+    if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
+        raise UserError(f"{path} is damaged: its step or its best loss is impossible")
     check_weights(checkpoint["model"], checkpoint["config"], path)
+    try:
+        if Tokenizer(checkpoint["tokenizer"]).vocab_size != checkpoint["config"]["vocab_size"]:
+            raise UserError("its tokenizer has another vocabulary than its model")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return checkpoint if look else copy.deepcopy(checkpoint)  # into memory of its own: the file may be replaced
 
 
+def tensors_in(value):
+    """Yields the tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+
+
+def is_plain(tensor):
+    """Is this floats with all their numbers in memory or in the file? A sparse, a repeated or a "meta" tensor can
+    claim terabytes in a few bytes."""
+    return (type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided
+            and tensor.is_floating_point() and tensor.is_contiguous()
+            and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
+
+
 def check_weights(weights, config, path):
-    """Raises UserError unless the state dict has exactly the float tensors of a model of this config."""
+    """Raises UserError unless the state dict has exactly the tensors of a model of this config."""
     try:
         numbers = sum(t.numel() for t in weights.values())
-        if any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in weights.values()):
-            raise UserError(f"{path} is damaged: a tensor claims more numbers than the file holds")
-        if config.get("n_layer", 0) > len(weights) or config.get("vocab_size", 0) * config.get("n_embd", 0) > numbers:
-            raise UserError(f"{path} is damaged: its config does not fit its weights")
+        if config["n_layer"] > len(weights) or config["vocab_size"] * config["n_embd"] > numbers:
+            raise UserError("its config does not fit its weights")
         with torch.device("meta"):  # shapes without memory
             expected = {name: t.shape for name, t in GPT(GPTConfig(**config)).state_dict().items()}
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path} is damaged: its model or config is malformed ({error})") from None
     for name in expected.keys() ^ weights.keys():
         raise UserError(f"{path} does not fit its own config: {name} {'lacks' if name in expected else 'is too many'}")
     for name, shape in expected.items():
-        if weights[name].shape != shape or not weights[name].is_floating_point():
+        if weights[name].shape != shape:
             raise UserError(f"{path} does not fit its own config: {name} is {tuple(weights[name].shape)}, "
                             f"not {tuple(shape)}")
 
@@ -1127,15 +1184,15 @@ def plan_batch(s, world):
     rows, rest = divmod(s.total_batch_size, s.block_size)
     if rest or rows < 1:
         raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size ({s.block_size})")
+    if rows > s.batch_size and rows % s.batch_size:
+        raise UserError(f"a step's {rows} rows do not divide into micro-batches of batch_size {s.batch_size}: make "
+                        f"total_batch_size a multiple of {s.batch_size * s.block_size:,}")
     share, rest = divmod(rows, world.size)
     if rest:
         raise UserError(f"a step's {rows} rows cannot be dealt evenly to {world.size} processes: make total_batch_size "
                         f"a multiple of {s.block_size * world.size:,}, or start another number of processes")
-    micro = min(s.batch_size, share)
-    if share % micro:
-        raise UserError(f"the {share} rows of a process do not divide into micro-batches of batch_size {s.batch_size}: "
-                        f"make total_batch_size a multiple of {s.batch_size * s.block_size * world.size:,}")
-    return Plan(rows, micro)
+    # What fits one process fits several: their smaller shares are cut into equal parts of at most batch_size
+    return Plan(rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0))
 
 
 def build_model(s, data, world):
@@ -1180,7 +1237,7 @@ def same_run(settings, other):
 def lock(folder):
     """Claims a folder for this process until it ends, however it ends: the system keeps the lock, not the file.
     Returns the open file, or None where another process has it."""
-    file = open(folder / ".lock", "a")
+    file = open(folder / ".lock", "a", encoding="utf-8")
     try:
         if os.name == "nt":
             import msvcrt
@@ -1188,9 +1245,11 @@ def lock(folder):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):  # somebody has it, in each system's words
+            file.close()
+            return None
+        # A file system without locks, as some network drives are: better to run unguarded than not at all
     return file
 
 
@@ -1199,49 +1258,53 @@ def choose_folder(s):
     Raises UserError where that run is still alive, or the folder cannot be written."""
     base = Path(s.out_dir or f"out/{s.preset}")
     for number in range(1, 10_000):
-        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        folder = base if number == 1 else base.parent / f"{base.name or 'run'}-{number}"
+        done = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            strange = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} - RUN_FILES
+            names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+            # Killed before its first checkpoint, a run has only a best.pt, which tells whose the folder is
+            saved = [] if s.overwrite else [folder / name for name in ("ckpt.pt", "best.pt") if name in names]
+            if saved:
+                found = load_checkpoint(saved[0], look=True)
+                if not same_run(found["settings"], dataclasses.asdict(s)):
+                    continue
+                done = is_done(folder, found["step"])
+            elif not s.overwrite and names - RUN_FILES:
+                continue  # somebody keeps other things here
             lock_file = lock(folder)
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
-        saved = folder / "ckpt.pt"
-        done = saved.exists() and is_done(folder, load_checkpoint(saved, look=True)["step"], s)
-        alike = not saved.exists() or same_run(load_checkpoint(saved, look=True)["settings"], dataclasses.asdict(s))
-        if lock_file is None and (alike or s.overwrite):
-            raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
         if lock_file is None:
-            continue
-        if s.overwrite or (not saved.exists() and not strange):
-            return folder, None, lock_file
-        if saved.exists() and alike and not done:
-            return folder, saved, lock_file
+            raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
+        if not done:
+            return folder, saved[0] if saved and saved[0].name == "ckpt.pt" else None, lock_file
         lock_file.close()
     raise UserError(f"{base} has {number:,} runs beside it: choose another --out_dir")
 
 
-def read_log(folder, before=math.inf):
-    """The whole rows of a folder's log.csv with a step below `before`, as lists of strings."""
+def read_log(folder):
+    """The whole rows of a folder's log.csv, as lists of strings; half a row, left by a power cut, is none."""
     try:
-        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and row[-1]]
-        return [row for row in rows if int(row[0]) < before]
-    except (OSError, ValueError):
+        text = (folder / "log.csv").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return []
+    return [row.split(",") for row in re.findall(r"^[0-9]{1,15}(?:,[-+.\w]*){7},[0-9]+\.[0-9]{2}$", text, re.MULTILINE)]
 
 
-def is_done(folder, step, s):
-    """Has the run in this folder, saved at `step`, taken all its steps or its time?"""
-    rows = read_log(folder) if s.max_minutes else []
-    return step >= s.max_steps or bool(rows) and float(rows[-1][-1]) >= 60 * s.max_minutes
+def is_done(folder, step):
+    """Has the run in this folder, saved at `step`, come to its end? Only the last row of all has no training loss: a
+    run that was killed between its last step and its last evaluation still has something to do."""
+    rows = read_log(folder)
+    return bool(rows) and int(rows[-1][0]) == step and not rows[-1][LOG_COLUMNS.index("train_loss")]
 
 
 class Run:
     """What a run keeps on disk and says on the terminal: the one owner of its folder, log, checkpoints and clock."""
 
-    def __init__(self, s, model, optimizer, data, world):
-        self.s, self.model, self.optimizer, self.data, self.world = s, model, optimizer, data, world
+    def __init__(self, s, model, optimizer, scaler, data, world):
+        self.s, self.model, self.data, self.world = s, model, data, world
+        self.optimizer, self.scaler = optimizer, scaler
         self.best, self.signal, self.bar = math.inf, None, None
         self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
@@ -1260,32 +1323,46 @@ class Run:
         self.folder, saved, problem = self.world.from_main((folder, saved, problem))
         if problem:
             raise UserError(problem)
-        start, rows = 0, []
-        if saved:
-            checkpoint = load_checkpoint(saved)
-            if checkpoint["tokenizer"] != self.data.tokenizer.spec:
-                raise UserError(f"{saved} was trained with another tokenizer than {self.s.data_dir} has now: prepare "
-                                "the same data again, or start over with --overwrite=True")
-            try:
-                self.model.load_state_dict(checkpoint["model"])
-                state = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}
-                self.optimizer.load_state_dict(state)
-            except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-                raise UserError(f"{saved} does not fit this model ({str(error).splitlines()[0]}); start over with "
-                                "--overwrite=True") from None
-            start, self.best = checkpoint["step"], checkpoint["best_val_loss"]
-            rows = read_log(self.folder, before=start)
-        if self.world.main:
-            for path in self.folder.glob(".*.tmp"):  # left by a run that was killed while writing
-                path.unlink()
-            if not saved:
-                for name in ("ckpt.pt", "best.pt"):
-                    (self.folder / name).unlink(missing_ok=True)
-            lines = [",".join(LOG_COLUMNS)] + [",".join(row) for row in rows]
-            write_text(self.folder / "log.csv", "\n".join(lines) + "\n")
+        try:
+            self.start = self.load(saved) if saved else 0
+        except UserError:
+            self.close()  # whoever calls main() again in this process, as in a notebook, finds the folder free
+            raise
+        rows = [row for row in read_log(self.folder) if int(row[0]) < self.start]
         self.began -= float(rows[-1][-1]) if rows else 0
-        self.start = start
-        return start
+        if self.world.main:
+            try:
+                left = [*self.folder.glob(".*.tmp")]  # by a run that was killed while writing
+                for path in left if saved else [*left, self.folder / "ckpt.pt", self.folder / "best.pt"]:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(path, error) from None
+            write_text(self.folder / "log.csv", "\n".join(map(",".join, [LOG_COLUMNS, *rows])) + "\n")
+        return self.start
+
+    def load(self, path):
+        """Takes weights, optimizer and scaler from a checkpoint; returns its step."""
+        checkpoint = load_checkpoint(path)
+        if checkpoint["tokenizer"] != self.data.tokenizer.spec:
+            raise UserError(f"{path} was trained with another tokenizer than {self.s.data_dir} has now: prepare "
+                            "the same data again, or start over with --overwrite=True")
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        shapes = [dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape) for p in learned]
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            state, scale = checkpoint["optimizer"]["state"], checkpoint["optimizer"].get("scaler")
+            if [{name: t.shape for name, t in state[i].items()} for i in range(len(state))] != shapes:
+                raise ValueError("the optimizer's averages have other shapes")
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            if self.scaler.is_enabled() and scale:
+                if any(type(scale[name]) is not type(value) for name, value in self.scaler.state_dict().items()):
+                    raise TypeError("the scaler's state is malformed")
+                self.scaler.load_state_dict(scale)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} does not fit this model ({str(error).splitlines()[0]}); start over with "
+                            "--overwrite=True") from None
+        self.best = checkpoint["best_val_loss"]
+        return checkpoint["step"]
 
     def announce(self, plan, loader, validation):
         """Says what is about to happen."""
@@ -1374,7 +1451,9 @@ class Run:
         self.mark = None
         self.check_finite()
         if self.world.main:
-            state = self.checkpoint(step) | {"optimizer": self.optimizer.state_dict()}
+            # float16's scaler is part of what a resume needs; where it is not used its state is empty
+            optimizer = self.optimizer.state_dict() | {"scaler": self.scaler.state_dict()}
+            state = self.checkpoint(step) | {"optimizer": optimizer}
             write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
 
     def evaluated(self, step, loss, bits_per_byte):
@@ -1423,10 +1502,18 @@ class Run:
         if speed:
             share = speed * operations_per_token(self.model) / (self.speed * self.world.size)
             used = f" | {speed:,.0f} tokens/s, {100 * share:.0f} % of matmul speed"
+        if skipped := self.skipped_steps(step):
+            used += f" | {skipped:,} steps skipped: gradients beyond float16"
         if self.bar:
             self.bar.set_postfix_str(f"train {loss:.4f}{used}")
         elif step % s.log_every == 0:
             print(f"step {step:,}/{s.max_steps:,} | train {loss:.4f} | lr {lr:.2e} | grad {norm:.2f}{used}", flush=True)
+
+    def skipped_steps(self, step):
+        """How many steps float16's scaler has left out, because their gradients overflowed. The optimizer, whose state
+        a checkpoint keeps, counts those that it took."""
+        taken = self.optimizer.state[self.optimizer.param_groups[0]["params"][0]].get("step", 0)
+        return step + 1 - int(taken) if self.scaler.is_enabled() else 0
 
     def check_finite(self):
         """(loss, gradient norm) of the latest step. Raises UserError where they are no numbers any more: from there the
@@ -1445,8 +1532,11 @@ class Run:
                               "seconds": f"{time.perf_counter() - self.began:.2f}"}
         self.row = {}
         if self.world.main:
-            with open(self.folder / "log.csv", "a", encoding="utf-8", newline="") as file:
-                file.write(",".join(values.get(name, "") for name in LOG_COLUMNS) + "\n")
+            try:
+                with open(self.folder / "log.csv", "a", encoding="utf-8", newline="") as file:
+                    file.write(",".join(values.get(name, "") for name in LOG_COLUMNS) + "\n")
+            except OSError as error:
+                raise cannot_write(self.folder / "log.csv", error) from None
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -1560,6 +1650,9 @@ def check_settings(s):
         s.total_batch_size = s.batch_size * s.block_size * s.grad_accum_steps
     elif s.total_batch_size is None:
         s.total_batch_size = s.batch_size * s.block_size
+    for name, most in dict(seed=2**63, block_size=2**24, batch_size=2**20, total_batch_size=2**27).items():
+        if getattr(s, name) > most:
+            raise UserError(f"{name} is {getattr(s, name):,}: it must be at most {most:,}")
 
 
 def prepare_stories(s, world):
@@ -1588,6 +1681,18 @@ def main(argv=None):
             print(f"preset {s.preset}: {changed or 'as it stands'}")
         prepare_stories(s, world)
         return train(s, world)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            accumulated = max(1, s.total_batch_size // (s.batch_size * s.block_size))
+            raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) and double "
+                            f"--grad_accum_steps ({accumulated}), and the same run goes on from its last checkpoint; "
+                            "where one row is too much, lower --block_size or --n_embd") from None
+        if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
+            # Each one says it that is left: nobody knows which they are
+            print(f"error: process {world.rank} ends, because another one was killed or failed: see above; the same "
+                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        raise
     finally:
         world.close()
 
