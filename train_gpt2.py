@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -905,7 +906,8 @@ def read_pretrained(name, look=False):
                 from safetensors.torch import load_file
                 tensors = load_file(path)
             else:  # mmap: what is claimed costs nothing until it is used; files of before 2020 are no zip, and cannot
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                with warnings.catch_warnings(action="ignore"):
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             for key, tensor in tensors.items():
                 if tensor.device.type != "cpu" or tensor.layout != torch.strided:
                     raise ValueError(f"{key} holds no numbers")
@@ -918,7 +920,7 @@ def read_pretrained(name, look=False):
     check_weights(found["model"], config, folder)
     if head is not None and not torch.equal(head, found["model"]["transformer.wte.weight"]):
         raise UserError(f"{folder} has an output matrix of its own: GPT-2's is that of the embedding")
-    found["model"] = {key: tensor.float().clone() for key, tensor in found["model"].items()}
+    found["model"] = {key: tensor.float() for key, tensor in found["model"].items()}
     spec = read_tokenizer(folder)
     if spec is None and config["vocab_size"] == 50257:
         spec = {"kind": "gpt2"}
@@ -928,27 +930,31 @@ def read_pretrained(name, look=False):
 
 
 def download(name, look):
-    """The folder in Hugging Face's cache with an OpenAI model's files, downloaded if need be. Raises UserError where
-    there is no network."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-    weights = ["model.safetensors", "pytorch_model.bin"] if importlib.util.find_spec("safetensors") \
-        else ["pytorch_model.bin"]
-    for repository in (f"openai-community/{name}", name):  # the name that it has now, and the one it began with
-        try:
-            folder = Path(hf_hub_download(repository, "config.json")).parent
-            for choices in [] if look else [weights, ["vocab.json"], ["merges.txt"]]:
-                for file in choices:
+    """The folder in Hugging Face's cache with an OpenAI model's files, which are downloaded where they are not there
+    yet. Raises UserError where that fails."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    huggingface_hub.logging.set_verbosity_error()  # we say it ourselves, in one line
+    weights = ["model.safetensors", "pytorch_model.bin"][0 if importlib.util.find_spec("safetensors") else 1:]
+    for offline in (True, False):  # what is at hand needs no network
+        for repository in (f"openai-community/{name}", name):  # the name that it has now, and its first one
+            get = functools.partial(huggingface_hub.hf_hub_download, repository, local_files_only=offline)
+            try:
+                if not offline:  # without a network this fails at once; a download would try for half a minute
+                    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "config.json"))
+                folder = Path(get("config.json")).parent
+                if not look:
                     with contextlib.suppress(EntryNotFoundError):
-                        hf_hub_download(repository, file)
-                        break
-            return folder
-        except RepositoryNotFoundError as error:
-            problem = error
-        except Exception as error:  # the network fails in many ways
-            problem = error
+                        get("vocab.json"), get("merges.txt")
+                    try:
+                        get(weights[0])
+                    except EntryNotFoundError:
+                        get(weights[-1])
+                return folder
+            except Exception as error:  # a network fails in a dozen ways
+                problem = error
     raise UserError(f"{name} cannot be downloaded ({type(problem).__name__}): connect to the network, or give a folder "
-                    "that holds it") from None
+                    "that holds it")
 
 
 def weight_files(folder):
@@ -1006,7 +1012,8 @@ def read_tokenizer(folder):
         else:  # tokenizer.json says the same in one file
             whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             model, words = whole["model"], whole["pre_tokenizer"]
-            if whole["normalizer"] or words["type"] != "ByteLevel" or words["add_prefix_space"]:
+            if whole["normalizer"] or words["type"] != "ByteLevel" or words["add_prefix_space"] \
+                    or not words.get("use_regex", True):
                 return None
             vocabulary, merges = model["vocab"], [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         tokens = sorted(vocabulary, key=vocabulary.get)
