@@ -2,29 +2,52 @@
 
     python sample.py                                        # from the newest out/*/best.pt
     python sample.py "Once there was" --num_samples=3       # go on from a prompt, three times
+    python sample.py --init_from=gpt2 "The meaning of life" # OpenAI's GPT-2; also gpt2-medium, gpt2-large, gpt2-xl
     python sample.py --temperature=0                        # always the likeliest token; higher is more daring
-    python sample.py --prompt=- < beginning.txt             # the prompt from standard input
+    python sample.py --prompt=@beginning.txt                # the prompt from a file; - is standard input
+    python sample.py "Once there was" --explain             # watch it decide, token by token
+    python sample.py --interactive                          # one prompt after another
+    python sample.py --export=folder                        # for transformers: AutoModelForCausalLM, AutoTokenizer
 """
 import codecs
+import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from train_gpt2 import GPT, UserError, keep_memory, parse_settings, pick_device, reports_mistakes
+from train_gpt2 import (
+    UserError,
+    keep_memory,
+    load_checkpoint,
+    model_from,
+    parse_settings,
+    pick_device,
+    pick_dtype,
+    read_model,
+    reports_mistakes,
+)
 
 
 @dataclass
 class Settings:
-    prompt: str = ""  # the text to go on from; empty: a new document; -: standard input
-    checkpoint: str = ""  # empty: the best.pt most recently written under out/
+    prompt: str = ""  # the text to go on from; empty: a new document; -: standard input; @FILE: what the file holds
+    checkpoint: str = ""  # a file that training wrote; empty: the best.pt most recently written under out/
+    init_from: str = ""  # or: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder that transformers wrote
     num_samples: int = 1  # texts to write
     max_new_tokens: int = 200  # tokens each, at most; <|endoftext|> ends a text before that
     temperature: float = 0.8  # below 1 the likely grows likelier; 0: always the likeliest token; 1: as learned
     top_k: int | None = None  # choose among so many likeliest tokens only; None: among all
+    top_p: float | None = None  # choose among the fewest tokens that hold this share of probability; None: among all
     seed: int | None = None  # the same seed writes the same text; None: another one each time
     device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the machine's fastest
+    explain: bool = False  # a line for each token: how likely it was, and what else it could have been
+    interactive: bool = False  # ask for prompts; Ctrl-C stops a text, Ctrl-D or an empty line ends
+    export: str = ""  # write the model to this folder, for transformers, and no text
 
 
 def newest_checkpoint():
@@ -41,6 +64,28 @@ def check_settings(s):
         value = getattr(s, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
+    for name, most in dict(num_samples=10_000, seed=2**63 - 1).items():
+        if getattr(s, name) is not None and getattr(s, name) > most:
+            raise UserError(f"{name} is {getattr(s, name)}: it must be at most {most}")
+    if s.top_p is not None and not 0 < s.top_p <= 1:
+        raise UserError(f"top_p is {s.top_p}: it must be above 0 and at most 1")
+    if s.checkpoint and s.init_from:
+        raise UserError("checkpoint and init_from both name a model: leave one out")
+    if s.explain and s.num_samples > 1:
+        raise UserError("explain shows one text: leave out num_samples")
+    if s.interactive and s.prompt:
+        raise UserError("interactive asks for its prompts: leave out the prompt")
+
+
+def read_prompt(prompt):
+    """The text that --prompt stands for. Raises UserError for a file that cannot be read or is no text."""
+    try:
+        if prompt == "-":
+            return sys.stdin.read()
+        return Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or a name that none can have
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read the prompt from {prompt[1:] or 'standard input'}: {reason}") from None
 
 
 class Writer:
@@ -50,7 +95,7 @@ class Writer:
         self.tokenizer, self.decoder, self.ended = tokenizer, codecs.getincrementaldecoder("utf-8")("replace"), False
         print(prompt, end="", flush=True)
 
-    def write(self, token):
+    def write(self, token, logits=None):
         if token == self.tokenizer.eot:
             self.end()
         elif not self.ended:
@@ -62,6 +107,40 @@ class Writer:
         self.ended = True
 
 
+class Explainer:
+    """Prints a table instead: a row for each token chosen. Probabilities are the model's own, before temperature,
+    top_k and top_p change them."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.ended, self.nats, self.bytes = tokenizer, False, 0.0, 0
+        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(f"{prompt}\n{'token':<18}{'chance':>8}{'rank':>7}{'entropy':>9}   instead of", flush=True)
+
+    def show(self, token):
+        """A token as a visible, quoted string of at most 16 characters."""
+        text = self.tokenizer.decode([token]).encode("unicode_escape").decode()
+        return f'"{text}"' if len(text) <= 14 else f'"{text[:13]}…"'
+
+    def write(self, token, logits):
+        logs = torch.log_softmax(logits.double(), dim=-1)  # (V,)
+        chance, entropy = logs[token].exp().item(), -(logs.exp() * logs.nan_to_num(neginf=0)).sum().item()
+        rank = int((logs > logs[token]).sum()) + 1
+        best = [i for i in logs.topk(min(4, len(logs))).indices.tolist() if i != token][:3]
+        others = "  ".join(f"{self.show(i)} {logs[i].exp():.1%}" for i in best)
+        cell = f"{self.show(token):<18}"
+        if self.colour:  # green, yellow, red: expected, possible, a surprise
+            cell = f"\033[{32 if chance > 0.5 else 33 if chance > 0.1 else 31}m{cell}\033[0m"
+        print(f"{cell}{chance:>8.1%}{rank:>7,}{entropy / 0.6931471805599453:>9.2f}   {others}", flush=True)
+        self.nats -= logs[token].item()
+        self.ended = token == self.tokenizer.eot
+        self.bytes += 0 if self.ended else len(self.tokenizer.decode_bytes([token]))
+
+    def end(self):
+        if self.bytes:
+            print(f"{self.nats / 0.6931471805599453 / self.bytes:.3f} bits per byte: what this text of {self.bytes:,} "
+                  "bytes costs under the model that wrote it; entropy is in bits a token")
+
+
 def write_texts(model, s, prompt):
     """Writes num_samples texts as one batch: the first appears as it is chosen, the others when all are done."""
     ids = model.encode_prompt(prompt)
@@ -69,15 +148,17 @@ def write_texts(model, s, prompt):
         print(f"note: the prompt has {len(ids):,} tokens; the model sees the last {model.config.block_size:,}",
               file=sys.stderr)
     idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
-    first, columns = Writer(model.tokenizer, prompt), []
+    first, columns = (Explainer if s.explain else Writer)(model.tokenizer, prompt), []
     over = torch.zeros(s.num_samples, dtype=torch.bool)
-    for tokens, _ in model.stream(idx, s.max_new_tokens, s.temperature, s.top_k, None, s.seed):
-        columns.append(tokens.cpu())  # (num_samples,)
-        first.write(columns[-1][0].item())
-        over |= columns[-1] == (-1 if model.tokenizer.eot is None else model.tokenizer.eot)
-        if over.all():
-            break
-    first.end()
+    try:
+        for tokens, logits in model.stream(idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed):
+            columns.append(tokens.cpu())  # (num_samples,)
+            first.write(columns[-1][0].item(), logits[0])
+            over |= columns[-1] == (-1 if model.tokenizer.eot is None else model.tokenizer.eot)
+            if over.all():
+                break
+    finally:  # also after Ctrl-C
+        first.end()
     for row in torch.stack(columns, dim=1)[1:].tolist():
         print("---------------")
         writer = Writer(model.tokenizer, prompt)
@@ -86,13 +167,50 @@ def write_texts(model, s, prompt):
         writer.end()
 
 
+def converse(model, s):
+    """Asks for prompts and writes on from each, until the input ends."""
+    with contextlib.suppress(ImportError):  # not on Windows, whose terminal has a history of its own
+        import readline  # noqa: F401 - lets input() know the arrow keys
+    print("Each line is a prompt. Ctrl-C stops a text; Ctrl-D (on Windows Ctrl-Z, Enter) or an empty line ends.")
+    while True:
+        try:
+            prompt = input("> ")
+            if not prompt:
+                return
+            write_texts(model, s, prompt)
+        except UserError as error:  # a character that the vocabulary lacks is no reason to go
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print()
+
+
 @reports_mistakes
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
     check_settings(s)
+    for stream in (sys.stdout, sys.stderr):  # Windows would write a redirected text in an alphabet of 256 signs
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     keep_memory()
-    model = GPT.from_checkpoint(s.checkpoint or newest_checkpoint(), pick_device(s.device))
-    write_texts(model, s, sys.stdin.read() if s.prompt == "-" else s.prompt)
+    device = pick_device(s.device)
+    where = s.init_from or s.checkpoint or newest_checkpoint()
+    model = model_from(read_model(where) if s.init_from else load_checkpoint(where))
+    if s.export:
+        model.save_pretrained(s.export)
+        print(f"{s.export} is ready: AutoModelForCausalLM.from_pretrained({s.export!r})")
+        return 0
+    if model.tokenizer is None:
+        raise UserError(f"{where} has no tokenizer that can be read here: generate from token ids in Python instead")
+    model = model.to(device, pick_dtype(s.dtype, device))
+    prompt = read_prompt(s.prompt)
+    try:
+        converse(model, s) if s.interactive else write_texts(model, s, prompt)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our text, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -18,6 +18,8 @@ import dataclasses
 import difflib
 import errno
 import functools
+import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -55,7 +57,7 @@ class Settings:
     preset: str = "stories"  # a row of PRESETS, which changes some of the settings below
     data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
     out_dir: str = ""  # where the run is kept; empty: out/<preset>
-    init_from: str = ""  # start from these weights, and their shape: a checkpoint
+    init_from: str = ""  # weights to start from, and their shape: a checkpoint, gpt2 .. gpt2-xl, or a folder
     overwrite: bool = False  # start over in out_dir, where a run of other settings would take the next free folder
     seed: int = 1  # decides the first weights, the order of the data and dropout
     # the machine
@@ -168,6 +170,8 @@ def attend(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1): every token takes a weighted mean of the values
     of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
     the shape of q."""
+    if q.dtype != k.dtype:  # a cache may keep more digits than the weights have
+        return attend(q.to(k.dtype), k, v, dropout, flash).to(q.dtype)
     causal = q.size(-2) > 1  # a single new token may look at everything before it, so it needs no mask
     # The CPU's fused kernel is the slower one in bfloat16: by 1.6 times on 2 rows of 1,024 tokens, 6 on 24 rows of 64
     if flash and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
@@ -274,14 +278,15 @@ class GPT(nn.Module):
             self.transformer.wpe.weight = nn.Parameter(sinusoids(config.block_size, config.n_embd), requires_grad=False)
 
     def forward(self, idx, targets=None, cache=None):
-        start = cache.length if cache is not None else 0
-        T = idx.size(1)
+        start, T = cache.length if cache is not None else 0, idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
+        if cache is not None:  # when sampling, all that matters is what follows the last token
+            cache.length, x = start + T, x[:, -1:]
         logits = self.unembed(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
@@ -297,39 +302,6 @@ class GPT(nn.Module):
             return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]
         return F.linear(x, weight)
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
-        """Yields (token, logits), `max_new_tokens` times: the chosen next token of every row, (B,) int64, and the
-        logits that it was chosen from, (B, V) float32. idx is (B, T) int64, T at least 1.
-
-        A full context makes room by a fixed rule: the older half is forgotten, the newer half is read again from
-        position 0, and the text goes on from there. A prompt longer than block_size keeps its end."""
-        generator = torch.Generator(idx.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        was_training = self.training
-        self.eval()
-        try:
-            idx = idx[:, -self.config.block_size:]
-            cache, fresh = KVCache(self, len(idx)), idx
-            for _ in range(max_new_tokens):
-                if cache.length + fresh.size(1) > self.config.block_size:
-                    cache, fresh = KVCache(self, len(idx)), idx[:, -max(1, self.config.block_size // 2):]
-                logits = self.logits_of_last(fresh, cache).float()  # (B, V)
-                fresh = pick(logits, temperature, top_k, top_p, generator)  # (B, 1)
-                idx = torch.cat((idx, fresh), dim=1)
-                yield fresh[:, 0], logits
-        finally:
-            self.train(was_training)
-
-    def logits_of_last(self, idx, cache):
-        """(B, T) -> (B, V): reads the tokens into the cache, and unembeds the last one only."""
-        position = torch.arange(cache.length, cache.length + idx.size(1), device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, cache)
-        cache.length += idx.size(1)
-        return self.unembed(self.transformer.ln_f(x[:, -1:]))[:, 0]
-
     def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=None):
         """Text in, text out (with its prompt, ending before <|endoftext|>); or a (B, T) tensor of ids in and a
         (B, T + max_new_tokens) tensor out. Temperature 0 takes the likeliest token; top_k and top_p keep only the
@@ -338,19 +310,26 @@ class GPT(nn.Module):
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         if isinstance(prompt, torch.Tensor):
             return torch.cat([prompt, *(t[:, None] for t, _ in self.stream(prompt, max_new_tokens, **options))], dim=1)
-        ids = self.encode_prompt(prompt)
-        new = []
+        ids, new = self.encode_prompt(prompt), []
         for token, _ in self.stream(torch.tensor([ids], device=self.device), max_new_tokens, **options):
             if token.item() == self.tokenizer.eot:
                 break
             new.append(token.item())
         return prompt + self.tokenizer.decode(new)
 
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
+        """Yields (token, logits), `max_new_tokens` times: the chosen next token of every row, (B,) int64, and the
+        logits that it was chosen from, (B, V) float32. idx is (B, T) int64, T at least 1.
+
+        A full context makes room by a fixed rule: the older half is forgotten, the newer half is read again from
+        position 0, and the text goes on from there. A prompt longer than block_size keeps its end."""
+        return stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed)
+
     def encode_prompt(self, text):
         """The ids to begin with: an empty prompt begins a document, and so does every prompt if the model was trained
         on rows that all do."""
         if self.tokenizer is None:
-            raise UserError("this model carries no tokenizer: give token ids, or load it with GPT.from_checkpoint")
+            raise UserError("this model carries no tokenizer: give token ids, or load one that does")
         ids = self.tokenizer.encode(text)
         return ids if ids and not self.starts_documents else self.tokenizer.document_start + ids
 
@@ -365,48 +344,17 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
         """The model in a checkpoint that training wrote, ready to sample from. Raises UserError if it is none."""
-        checkpoint = load_checkpoint(path)
-        model = cls(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        model.tokenizer = Tokenizer(checkpoint["tokenizer"])
-        model.starts_documents = checkpoint["settings"].get("rows") == "documents"
-        return model.to(device).eval()
+        return model_from(load_checkpoint(path), device)
 
+    @classmethod
+    def from_pretrained(cls, name, device="cpu"):
+        """OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or those in a folder that transformers or
+        save_pretrained wrote. Raises UserError where they cannot be had, or are no GPT-2."""
+        return model_from(read_pretrained(name), device)
 
-class KVCache:
-    """The keys and values of all tokens so far: they never change, so each is computed once. Without it every new
-    token would send the whole text through the network again."""
-
-    def __init__(self, model, batch):
-        config, weight = model.config, model.transformer.wte.weight
-        shape = (2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)  # keys, values
-        self.store = {block.attn: torch.empty(shape, dtype=weight.dtype, device=weight.device)
-                      for block in model.transformer.h}
-        self.length = 0  # tokens in it; the model moves it on once all layers have seen the new ones
-
-    def extend(self, layer, k, v):
-        """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
-        keys, values = self.store[layer]
-        end = self.length + k.size(2)
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
-
-
-def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, V) logits -> (B, 1) ids. First temperature, then top-k (Fan et al. 2018), then top-p, which keeps the
-    smallest set of tokens that holds that share of probability (Holtzman et al. 2020)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < weakest, float("-inf"))
-    probs = F.softmax(logits, dim=-1)  # (B, V)
-    if top_p is not None and top_p < 1:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
-    return torch.multinomial(probs, 1, generator=generator)
+    def save_pretrained(self, folder):
+        """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer open."""
+        write_pretrained(self, folder)
 
 
 # ---- Batches from shards ---------------------------------------------------------------------------------------------
@@ -972,6 +920,241 @@ def check_weights(weights, config, path):
                             f"not {tuple(shape)}")
 
 
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+OPENAI_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out) there
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}  # theirs -> ours
+# What else their config can say, and the one value of each that this model computes
+FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+             tie_word_embeddings=True, add_cross_attention=False)
+# SHA-256 over OpenAI's 50,256 tokens in order: a folder with these tokens has the tokenizer of kind gpt2
+GPT2_TOKENS = "e424375bafc3"
+
+
+def read_model(where, look=False):
+    """What load_checkpoint returns, of a checkpoint, an OpenAI name or a folder of Hugging Face's; with look=True
+    only its config can be relied on."""
+    if where in OPENAI_NAMES or Path(where).is_dir():
+        return read_pretrained(where, look)
+    return load_checkpoint(where, look)
+
+
+def model_from(checkpoint, device="cpu", **changes):
+    """The model in what read_model returned, some of its config changed, ready to sample from."""
+    model = GPT(GPTConfig(**checkpoint["config"] | changes))
+    model.load_state_dict(checkpoint["model"])
+    if checkpoint["tokenizer"]:
+        model.tokenizer = Tokenizer(checkpoint["tokenizer"])
+    model.starts_documents = checkpoint["settings"].get("rows") == "documents"
+    return model.to(device).eval()
+
+
+def read_pretrained(name, look=False):
+    """Reads a folder of Hugging Face's, or OpenAI's by name, as if it were a checkpoint of ours; look=True reads no
+    weights. Nothing in it is run, and shapes are checked before anything of their size is allocated. Raises UserError
+    for everything that is no GPT-2."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name not in OPENAI_NAMES:
+            raise UserError(f"there is no folder {name}, and OpenAI's models are called {', '.join(OPENAI_NAMES)}")
+        folder = download(name, look)
+    config = read_config(folder / "config.json")
+    found = {"config": config, "settings": {}, "tokenizer": None, "model": {}}
+    if look:
+        return found
+    for path in weight_files(folder):
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                tensors = load_file(path)
+            else:  # mmap: what is claimed costs nothing until it is used; files of before 2020 are no zip, and cannot
+                with warnings.catch_warnings(action="ignore"):
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            for key, tensor in tensors.items():
+                if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+                    raise ValueError(f"{key} holds no numbers")
+                key = "transformer." + key.removeprefix("transformer.")
+                if not key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which older files keep
+                    found["model"][key] = tensor.t() if key.endswith(TURNED) else tensor
+        except Exception as error:  # a damaged file can fail in any of a dozen ways
+            raise UserError(f"{path} holds no weights, or is damaged ({type(error).__name__})") from None
+    head = found["model"].pop("transformer.lm_head.weight", None)
+    check_weights(found["model"], config, folder)
+    if head is not None and not torch.equal(head, found["model"]["transformer.wte.weight"]):
+        raise UserError(f"{folder} has an output matrix of its own: GPT-2's is that of the embedding")
+    found["model"] = {key: tensor.float() for key, tensor in found["model"].items()}
+    spec = read_tokenizer(folder)
+    if spec is None and config["vocab_size"] == 50257:
+        spec = {"kind": "gpt2"}
+    if spec and config["vocab_size"] == (50257 if spec["kind"] == "gpt2" else len(spec["ranks"]) + 1):
+        found["tokenizer"] = spec
+    return found
+
+
+def download(name, look):
+    """The folder in Hugging Face's cache with an OpenAI model's files, which are downloaded where they are not there
+    yet. Raises UserError where that fails."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    huggingface_hub.logging.set_verbosity_error()  # we say it ourselves, in one line
+    weights = ["model.safetensors", "pytorch_model.bin"][0 if importlib.util.find_spec("safetensors") else 1:]
+    for offline in (True, False):  # what is at hand needs no network
+        for repository in (f"openai-community/{name}", name):  # the name that it has now, and its first one
+            get = functools.partial(huggingface_hub.hf_hub_download, repository, local_files_only=offline)
+            try:
+                if not offline:  # without a network this fails at once; a download would try for half a minute
+                    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "config.json"))
+                folder = Path(get("config.json")).parent
+                if not look:
+                    with contextlib.suppress(EntryNotFoundError):
+                        get("vocab.json"), get("merges.txt")
+                    try:
+                        get(weights[0])
+                    except EntryNotFoundError:
+                        get(weights[-1])
+                return folder
+            except Exception as error:  # a network fails in a dozen ways
+                problem = error
+    raise UserError(f"{name} cannot be downloaded ({type(problem).__name__}): connect to the network, or give a folder "
+                    "that holds it")
+
+
+def weight_files(folder):
+    """The files with a folder's weights. Raises UserError where there are none that can be read here."""
+    safe = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else \
+        sorted(folder.glob("model-*-of-*.safetensors"))
+    if safe and importlib.util.find_spec("safetensors"):
+        return safe
+    if (folder / "pytorch_model.bin").exists():
+        return [folder / "pytorch_model.bin"]
+    raise UserError(f"{folder} has " + ("its weights in model.safetensors: pip install safetensors" if safe else
+                                        "neither model.safetensors nor pytorch_model.bin"))
+
+
+def read_config(path):
+    """Our config for their config.json. Raises UserError for one that describes no GPT-2."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no folder of Hugging Face's: it has no config.json (of a run's folder, name "
+                        "the best.pt)")
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        sizes["block_size"] = theirs["n_positions"]
+        for name, value in (FIXED | dict(n_inner=None)).items():
+            allowed = (value, 4 * sizes["n_embd"]) if name == "n_inner" else (value,)
+            if theirs.get(name, value) not in allowed:
+                raise UserError(f"{path} has {name} {theirs[name]!r}: only GPT-2's {value!r} can be opened here")
+        activation = ACTIVATIONS.get(theirs.get("activation_function", "gelu_new"))
+        if activation is None:
+            raise UserError(f"{path} has activation_function {theirs['activation_function']!r}: only "
+                            f"{', '.join(ACTIVATIONS)} can be opened here")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not describe a GPT-2 ({type(error).__name__}: {error})") from None
+    GPTConfig(**sizes).check()
+    return dataclasses.asdict(GPTConfig(**sizes, activation=activation))
+
+
+def byte_characters():
+    """GPT-2's vocab.json writes every byte as a visible character: printable ones as themselves, the others as the
+    characters from number 256 on. Returns them in the order of the bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = iter(range(256, 512))
+    return "".join(chr(byte if byte in shown else next(hidden)) for byte in range(256))
+
+
+def read_tokenizer(folder):
+    """The spec of the tokenizer in a folder: a byte-level BPE whose ids are in the order of its merges, with
+    <|endoftext|> behind them. None where there is none, or another kind."""
+    characters = {character: byte for byte, character in enumerate(byte_characters())}
+    try:
+        if (folder / "vocab.json").exists():
+            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        else:  # tokenizer.json says the same in one file
+            whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            model, words = whole["model"], whole["pre_tokenizer"]
+            if whole["normalizer"] or words["type"] != "ByteLevel" or words["add_prefix_space"] \
+                    or not words.get("use_regex", True):
+                return None
+            vocabulary, merges = model["vocab"], [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        tokens = sorted(vocabulary, key=vocabulary.get)
+        if tokens[-1] != END_OF_TEXT or [vocabulary[token] for token in tokens] != list(range(len(tokens))):
+            return None
+        longer = [token for token in tokens[:-1] if len(token) > 1]
+        if ["".join(merge) for merge in merges] != longer:
+            return None
+        ranks = [bytes(characters[c] for c in token) for token in tokens[:-1]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    if hashlib.sha256(b"\n".join(ranks)).hexdigest().startswith(GPT2_TOKENS):
+        return {"kind": "gpt2"}
+    return {"kind": "bpe", "ranks": [token.decode("latin-1") for token in ranks]}
+
+
+def merges_of(tokens):
+    """[(left, right), ...]: for every token of several bytes, in order, the two that were merged into it: what the
+    merges before it leave of its bytes. Raises UserError for tokens that no merges make."""
+    rank, merges = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens:
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:], strict=False)]
+            i = ranks.index(min(ranks))
+            if ranks[i] >= rank[token]:
+                raise UserError(f"no merges make the token {token!r}: this tokenizer cannot be exported")
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def write_pretrained(model, folder):
+    """GPT.save_pretrained: weights, config.json and, unless it is one of characters, the tokenizer. Sinusoidal
+    positions become a table of learned ones, which is the same function. Raises UserError where nothing can be
+    written."""
+    folder, c = Path(folder), model.config
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another") from None
+    weights = {name: (tensor.t() if name.endswith(TURNED) else tensor).float().contiguous().cpu()
+               for name, tensor in model.state_dict().items()}
+    if importlib.util.find_spec("safetensors"):
+        from safetensors.torch import save
+        write_atomically(folder / "model.safetensors", lambda file: file.write(save(weights, {"format": "pt"})))
+    else:
+        write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(weights, file))
+    tokenizer = model.tokenizer
+    theirs = FIXED | {
+        "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size,
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout, "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
+        "bos_token_id": tokenizer.eot if tokenizer else None, "eos_token_id": tokenizer.eot if tokenizer else None}
+    if tokenizer is not None and tokenizer.eot is not None:
+        write_tokenizer(tokenizer, folder, c.block_size)
+    else:
+        print(f"note: no tokenizer was written to {folder}: transformers has none of single characters; ids are the "
+              "places of characters in the alphabet" if tokenizer else "note: this model has no tokenizer to write")
+    write_text(folder / "config.json", json.dumps(theirs, indent=2) + "\n")  # last: with it the folder is whole
+
+
+def write_tokenizer(tokenizer, folder, block_size):
+    """vocab.json, merges.txt and tokenizer_config.json, as GPT-2's own tokenizer has them."""
+    characters = byte_characters()
+    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.eot)]
+    written = ["".join(characters[byte] for byte in token) for token in tokens]
+    vocabulary = {token: i for i, token in enumerate([*written, END_OF_TEXT])}
+    names = dict(zip(tokens, written, strict=True))
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    lines = [f"{names[left]} {names[right]}" for left, right in merges_of(tokens)]
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines]) + "\n")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    write_text(folder / "tokenizer_config.json", json.dumps(
+        special | {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}, indent=2) + "\n")
+
+
 # ---- Devices and processes -------------------------------------------------------------------------------------------
 
 
@@ -1110,6 +1293,91 @@ def keep_memory():
         pass
 
 
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """The keys and values of all tokens so far: they never change, so each is computed once. Without it every new
+    token would send the whole text through the network again. Room for `length` tokens of `batch` rows is made
+    at once; the first tokens may come as a single row, which then stands for all. Raises UserError where there is
+    too little memory."""
+
+    def __init__(self, model, batch, length):
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)  # keys, values
+        # The CPU's bfloat16 attention takes 5 times as long over 1,000 tokens as the conversion and float32
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        try:
+            self.store = {block.attn: torch.empty(shape, dtype=dtype, device=weight.device)
+                          for block in model.transformer.h}
+        except RuntimeError:
+            raise UserError(f"{batch:,} texts at once do not fit into memory: lower num_samples") from None
+        self.length = 0  # tokens in it; the model moves it on once all layers have seen the new ones
+
+    def extend(self, layer, k, v):
+        """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
+        keys, values = self.store[layer]
+        end = self.length + k.size(2)
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:len(k), :, :end], values[:len(k), :, :end]
+
+
+class OneDNN(torch.overrides.TorchFunctionMode):
+    """Inside `with OneDNN():` float32 products on a CPU are oneDNN's. PyTorch gives them to MKL, which is fine for
+    training, but with a row or a few it reads GPT-2's weights at 16 GB/s where oneDNN reads them at 35."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].dtype == torch.float32:
+            x, weight, bias = (*args, None)[:3]
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature, top_k, top_p, seed):
+    """GPT.stream's tokens, one (B,) after another, each with its logits (B, V)."""
+    generator = torch.Generator(idx.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    context, B = model.config.block_size, len(idx)
+    products = OneDNN if idx.is_cpu and torch.backends.mkldnn.is_available() else contextlib.nullcontext
+    was_training = model.training
+    model.eval()
+    try:
+        text, cache = [idx[:, -context:]], None
+        fresh = text[0]  # what the model has not read yet
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length + fresh.size(1) > context:
+                if cache is not None:
+                    fresh = torch.cat(text, dim=1)[:, -max(1, context // 2):]
+                    text = [fresh]
+                cache = KVCache(model, B, min(context, fresh.size(1) + max_new_tokens))
+                if (fresh == fresh[:1]).all():  # samples of one prompt: read it once
+                    fresh = fresh[:1]
+            with products():
+                logits = model(fresh, cache=cache)[0][:, -1].float().expand(B, -1)  # (B, V)
+            fresh = pick(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            text.append(fresh)
+            yield fresh[:, 0], logits
+    finally:
+        model.train(was_training)
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, V) logits -> (B, 1) ids. First temperature, then top-k (Fan et al. 2018), then top-p, which keeps the
+    smallest set of tokens that holds that share of probability (Holtzman et al. 2020)."""
+    if temperature < 1e-6:  # 0; and what comes close to it, where logits / temperature would overflow
+        return logits.argmax(dim=-1, keepdim=True)
+    index = None
+    if top_k is not None or top_p is not None:  # sorted, the likeliest first
+        logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
+    probs = F.softmax(logits / temperature, dim=-1)
+    if top_p is not None:
+        before = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
+        probs = probs.masked_fill(before >= top_p, 0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return choice if index is None else index.gather(-1, choice)
+
+
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -1198,11 +1466,11 @@ def plan_batch(s, world):
 def build_model(s, data, world):
     """On the device, a new model of the settings' shape for this vocabulary, or the one in --init_from."""
     if s.init_from:
-        checkpoint = load_checkpoint(s.init_from)
-        if checkpoint["tokenizer"] != data.tokenizer.spec:
-            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with its own")
-        model = GPT(GPTConfig(**checkpoint["config"] | dict(dropout=s.dropout, attention=s.attention)))
-        model.load_state_dict(checkpoint["model"])
+        model = model_from(read_model(s.init_from), dropout=s.dropout, attention=s.attention)
+        own = model.tokenizer  # None where a folder holds none: then the data's has to have its size
+        if (own.spec != data.tokenizer.spec) if own else model.config.vocab_size != data.vocab_size:
+            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with its own"
+                            + (" (--tokenizer=gpt2)" if own and own.spec["kind"] == "gpt2" else ""))
     else:
         names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
         config = GPTConfig(vocab_size=data.vocab_size, **{name: getattr(s, name) for name in names})
@@ -1216,11 +1484,11 @@ def build_model(s, data, world):
 
 
 def adopt_shape(s, given):
-    """With --init_from the shape is that of the checkpoint; only shorter rows may be asked for."""
+    """With --init_from the shape is that of its model; only shorter rows may be asked for."""
     if s.eval_only and not s.init_from:
         s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
     if s.init_from:
-        config = load_checkpoint(s.init_from, look=True)["config"]
+        config = read_model(s.init_from, look=True)["config"]
         if s.block_size > config["block_size"] and "block_size" in given:
             raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config['block_size']} positions")
         for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "block_size"):

@@ -1,0 +1,239 @@
+"""Sampling: the cache changes nothing, the draws are fair, and sample.py shows what the model does."""
+import builtins
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails
+
+import sample
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, Tokenizer
+
+SHAPES = [dict(n_layer=2, n_head=3, n_embd=48, block_size=24),
+          dict(n_layer=3, n_head=1, n_embd=32, block_size=17, activation="relu", pos_encoding="sinusoidal"),
+          dict(n_layer=1, n_head=8, n_embd=64, block_size=33, attention="manual")]
+
+
+def strong_model(**shape):
+    """A model whose weights are large enough that no two tokens are nearly equally likely."""
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(vocab_size=97, **shape)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['n_layer']} layers")
+@pytest.mark.parametrize("prompt", ["one token", "full context", "beyond it"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_cache_changes_nothing(shape, prompt, batch):
+    """Greedy text is that of a model that reads everything again for every token, past the context too: there the
+    older half is forgotten."""
+    model, context = strong_model(**shape), shape["block_size"]
+    length = {"one token": 1, "full context": context, "beyond it": context + 5}[prompt]
+    idx = torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(batch))
+    fast = model.generate(idx, max_new_tokens=2 * context, temperature=0)
+    text, window = idx, idx[:, -context:]
+    for _ in range(2 * context):
+        if window.size(1) > context:
+            window = text[:, -(context // 2):]
+        with torch.no_grad():
+            token = model(window)[0][:, -1].argmax(-1, keepdim=True)
+        text, window = torch.cat((text, token), 1), torch.cat((window, token), 1)
+    assert torch.equal(fast, text)
+
+
+def test_samples_of_one_prompt_read_it_once():
+    model, seen = strong_model(**SHAPES[0]), []
+    model.transformer.wte.register_forward_hook(lambda module, given, output: seen.append(tuple(given[0].shape)))
+    idx = torch.randint(97, (1, 9))
+    together = model.generate(idx.expand(4, 9), 3, temperature=0)
+    assert seen == [(1, 9), (4, 1), (4, 1)]
+    assert torch.equal(together, model.generate(idx, 3, temperature=0).expand(4, -1))
+    seen.clear()
+    model.generate(torch.stack((idx[0], idx[0].flip(0))), 2)
+    assert seen == [(2, 9), (2, 1)]
+
+
+def test_bfloat16_samples_nearly_as_float32():
+    model = strong_model(**SHAPES[0])
+    idx = torch.randint(97, (2, 20))
+    exact = [logits for _, logits in model.stream(idx, 4, temperature=0)]
+    rough = [logits for _, logits in model.bfloat16().stream(idx, 4, temperature=0)]
+    assert rough[0].dtype == torch.float32 and (exact[0] - rough[0]).abs().max() < 0.05 * exact[0].abs().max()
+
+
+def wanted(logits, temperature, top_k, top_p):
+    """The probabilities of every token, worked out in plain NumPy."""
+    logits = logits.astype(np.float64) / temperature
+    order = np.argsort(-logits)
+    kept = order[:top_k] if top_k else order
+    probs = np.zeros(len(logits))
+    probs[kept] = np.exp(logits[kept] - logits.max())
+    probs /= probs.sum()
+    if top_p:
+        nucleus = np.searchsorted(np.cumsum(probs[order]), top_p) + 1  # as few as reach top_p
+        probs[order[nucleus:]] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.6, None, None), (1.7, 5, None), (1.0, None, 0.8), (0.8, 9, 0.7), (2.0, 3, 1.0),
+])
+def test_draws_are_fair(temperature, top_k, top_p):
+    """100,000 draws pass a chi-square test at a chance of 1 in 10,000, and what is cut away never comes."""
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16)).eval()
+    model.transformer.wte.weight.data.mul_(8)
+    idx = torch.tensor([[3, 1, 4]])
+    tokens, logits = next(model.stream(idx.expand(100_000, 3), 1, temperature, top_k, top_p, seed=6))
+    uncached = model(idx)[0][0, -1].detach()
+    assert (logits[0] - uncached).abs().max() < 1e-5
+    probs = wanted(uncached.numpy(), temperature, top_k, top_p)
+    counts = np.bincount(tokens.numpy(), minlength=20)
+    assert (counts[probs == 0] == 0).all() and (probs > 0).sum() >= 3
+    expected = 100_000 * probs[probs > 0]
+    chi_square, df = ((counts[probs > 0] - expected) ** 2 / expected).sum(), (probs > 0).sum() - 1
+    limit = df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3  # Wilson and Hilferty 1931
+    assert chi_square < limit
+
+
+def test_options_of_generate():
+    model = strong_model(**SHAPES[0])
+    idx = torch.randint(97, (2, 5))
+    one, same, other = (model.generate(idx, 15, temperature=3.0, seed=seed) for seed in (1, 1, 2))
+    greedy = model.generate(idx, 15, temperature=0)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-40)):
+        assert torch.equal(model.generate(idx, 15, seed=1, **options), greedy)
+    assert model.train().generate(idx, 1).shape == (2, 6) and model.training
+
+
+def test_no_character_is_cut(capsys):
+    """Every byte is a token here, so most of them are a part of a character."""
+    tokenizer = Tokenizer({"kind": "bpe", "ranks": [chr(byte) for byte in range(256)]})
+    text, shown = "aé漢🙂z", ""
+    writer = sample.Writer(tokenizer, "")
+    for byte in text.encode():
+        writer.write(byte)
+        shown += capsys.readouterr().out
+        assert text.startswith(shown)
+    writer.write(0xE6)  # a text may end inside one all the same
+    writer.end()
+    assert shown == text and capsys.readouterr().out == "\ufffd\n"
+
+
+@pytest.fixture(scope="module")
+def trained(stories, tmp_path_factory):
+    """A folder in which a small model has been trained."""
+    folder = tmp_path_factory.mktemp("sampling")
+    train_gpt2.main([f"--data_dir={stories}", f"--out_dir={folder / 'out' / 'run'}", "--n_layer=1", "--n_embd=32",
+                     "--max_steps=20", "--eval_tokens=500", "--sample_every=1000", "--device=cpu"])
+    return folder
+
+
+@pytest.fixture
+def write(trained, capsys, monkeypatch):
+    """A function from options of sample.py to what it prints."""
+    def run(*argv):
+        capsys.readouterr()
+        assert sample.main([*argv, "--device=cpu"]) == 0
+        return capsys.readouterr().out
+    monkeypatch.chdir(trained)
+    return run
+
+
+def test_a_prompt_from_anywhere(write, trained, monkeypatch):
+    options = ["--max_new_tokens=12", "--seed=3"]
+    (trained / "prompt.txt").write_bytes("Once there wäs".encode())
+    text = write("Once there wäs", *options)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once there wäs"))
+    assert text == write("--prompt=-", *options) == write("@prompt.txt", *options)
+    assert text.startswith("Once there wäs") and write("--init_from=out/run/best.pt", "@prompt.txt", *options) == text
+
+
+def test_samples_are_a_batch(write):
+    texts = write("Once", "--num_samples=3", "--max_new_tokens=8", "--top_p=0.9", "--seed=1").split("---------------\n")
+    assert len(texts) == len(set(texts)) == 3 and all(text.startswith("Once") for text in texts)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_dtypes(write, dtype):
+    assert write("Once", f"--dtype={dtype}", "--max_new_tokens=5", "--temperature=0").startswith("Once")
+
+
+def test_explain_says_what_the_model_thinks(write, trained):
+    model = GPT.from_checkpoint(trained / "out" / "run" / "best.pt")
+    ids = model.encode_prompt("Once")
+    new = model.generate(torch.tensor([ids]), 12, seed=8)[0].tolist()[len(ids):]
+    rows = write("Once", "--explain", "--max_new_tokens=12", "--seed=8", "--temperature=1", "--dtype=float32")
+    assert "\033" not in rows
+    rows = rows.splitlines()[2:]
+    nats = 0
+    for place, (token, row) in enumerate(zip(new, rows, strict=False)):
+        logs = torch.log_softmax(model(torch.tensor([ids + new[:place]]))[0][0, -1].double(), -1).detach()
+        chance, rank, entropy = re.search(r"([\d.]+)% +([\d,]+) +([\d.]+)   ", row).groups()
+        assert float(chance) == pytest.approx(100 * logs[token].exp().item(), abs=0.06)
+        assert int(rank) == (logs > logs[token]).sum() + 1
+        assert float(entropy) == pytest.approx(-(logs.exp() * logs).sum().item() / math.log(2), abs=0.006)
+        best = [i for i in logs.argsort(descending=True)[:4].tolist() if i != token][:3]
+        assert [float(x) for x in re.findall(r" ([\d.]+)%", row)[1:]] == pytest.approx(
+            [100 * logs[i].exp().item() for i in best], abs=0.06)
+        nats -= logs[token].item()
+    size = len(model.tokenizer.decode_bytes(new))
+    assert float(rows[12].split()[0]) == pytest.approx(nats / math.log(2) / size, abs=0.002)
+
+
+def test_ctrl_c_stops_a_text_and_not_the_program(write, monkeypatch):
+    lines = iter(["Once", "there", EOFError()])
+    calls = []
+
+    def type_in(_):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    def pick(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+    real = train_gpt2.pick
+    monkeypatch.setattr(builtins, "input", type_in)
+    monkeypatch.setattr(train_gpt2, "pick", pick)
+    output = write("--interactive", "--max_new_tokens=6")
+    assert "Once" in output and "there" in output and len(calls) == 10
+
+
+def test_a_prompt_that_cannot_be_written_is_no_reason_to_go(tmp_path, capsys, monkeypatch):
+    tokenizer = Tokenizer({"kind": "char", "alphabet": "\nabc"})
+    model = GPT(GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    model.tokenizer = tokenizer
+    lines = iter(["axe", "abc", ""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    sample.converse(model, sample.Settings(max_new_tokens=3))
+    captured = capsys.readouterr()
+    assert "has no 'x'" in captured.err and "abc" in captured.out
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--top_p=0"], "above 0"), (["--top_p=1.5"], "at most 1"), (["--top_p=x"], "a number"),
+    (["--dtype=int8"], "one of"), (["--seed=18446744073709551616"], "at most"), (["--seed=-1"], "at least 0"),
+    (["--num_samples=100000000"], "at most"), (["--max_new_tokens=0"], "at least 1"),
+    (["--checkpoint=out/run/best.pt", "--init_from=gpt2"], "leave one out"),
+    (["--explain", "--num_samples=2"], "one text"), (["--interactive", "hello"], "leave out the prompt"),
+    (["@nowhere.txt"], "cannot read the prompt from nowhere.txt"), (["@out"], "cannot read"),
+    (["@binary"], "not UTF-8"), (["--init_from=nowhere"], "there is no"), (["--init_from=out"], "no config.json"),
+    (["--export=binary"], "choose another"), (["--explain=perhaps"], "True or False"), (["--prompt"], "needs a value"),
+    (["--init_from=binary"], "no checkpoint"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_settings(argv, message, trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    (trained / "binary").write_bytes(b"\xff\xfe\x00")
+    assert message in fails(sample.main, argv, capsys)
+    assert (trained / "binary").read_bytes() == b"\xff\xfe\x00"
