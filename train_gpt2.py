@@ -166,14 +166,17 @@ def attend(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1): every token takes a weighted mean of the values
     of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
     the shape of q."""
-    causal = q.size(-2) > 1  # a single new token may look at everything before it, so it needs no mask
+    T, S = q.size(-2), k.size(-2)
+    causal = T > 1  # a single new token may look at everything before it, so it needs no mask
     # The CPU's fused kernel is the slower one in bfloat16: by 1.6 times on 2 rows of 1,024 tokens, 6 on 24 rows of 64
     if flash and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, T); the root keeps their spread near 1
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and T < S else None
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal and T == S)
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S); the root keeps their spread near 1
     if causal:  # above the diagonal lies the future, which must not help: e^-inf is a weight of 0
-        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=q.device).triu(1)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, T); each row adds up to 1
+        future = torch.full((T, S), float("-inf"), dtype=scores.dtype, device=q.device).triu(1 + S - T)
+        scores = scores + future
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); each row adds up to 1
     return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
 
 
@@ -559,9 +562,9 @@ def train(s, world):
     data = open_data(s.data_dir)
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
-    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
     if s.eval_only:
-        return report_evaluation(*evaluate(raw_model, validation, s, world, data.token_bytes), s, world)
+        return report_evaluation(raw_model, s, world, data)
+    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
@@ -571,7 +574,7 @@ def train(s, world):
     if world.device.type == "cuda":
         fit_in_memory(model, plan, s, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    run.announce(plan, loader, validation)
+    run.announce(plan, loader)
 
     def make(step):
         return step_batches(loader, step, plan, world)
@@ -582,7 +585,7 @@ def train(s, world):
             if step > start and (last or step % s.checkpoint_every == 0):
                 run.save(step)
             if last or step % s.eval_every == 0:
-                run.evaluated(step, *evaluate(raw_model, validation, s, world, data.token_bytes))
+                run.evaluated(step, evaluate(raw_model, validation, s, world, data))
             if last or (step and step % s.sample_every == 0):
                 run.show_sample(step)
             if last:
@@ -791,8 +794,8 @@ def shard_paths(data_dir):
 def how_to_prepare(data_dir):
     """The command that makes a preset's data, for messages."""
     commands = {"stories": "", "shakespeare": " shakespeare", "tinystories": " tinystories",
-                "fineweb_edu": " fineweb_edu", "fineweb_edu_bpe": " fineweb_edu --tokenizer=bpe --vocab_size=9157 "
-                "--max_tokens=99_000_000"}
+                "fineweb_edu": " fineweb_edu", "hellaswag": " hellaswag",
+                "fineweb_edu_bpe": " fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"}
     name = Path(data_dir).name
     if name not in commands:
         return "make them with: python prepare_data.py FILE.txt --out_dir=" + str(data_dir)
@@ -805,6 +808,7 @@ class Data:
 
     meta: dict
     tokenizer: Tokenizer
+    skills: np.ndarray | None = None  # (n,) for each validation token, which of meta["skills"] foresees it
 
     @property
     def vocab_size(self):
@@ -826,17 +830,21 @@ def open_data(data_dir):
     if not path.parent.is_dir():
         raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
     if not path.exists():
-        shard_paths(data_dir)
+        if path.parent != HELLASWAG.parent:  # which --eval_only=True takes as well
+            shard_paths(data_dir)
         return Data({"dataset": path.parent.name}, Tokenizer({"kind": "gpt2"}))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(meta["dataset"], str) or not isinstance(meta["tokenizer"], dict):
             raise KeyError("dataset, tokenizer")
         float(meta.get("entropy_floor", 0)), [float(v) for v in meta.get("landmarks", {}).values()]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        skills = np.load(path.with_name("skills.npy")) if meta.get("skills") else None
+        if skills is not None and (skills.shape != (meta["val"]["tokens"],) or skills.max() >= len(meta["skills"])):
+            raise ValueError("skills.npy belongs to other shards")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f"{path} is not what prepare_data.py writes ({type(error).__name__}: {error}); "
                         f"{how_to_prepare(data_dir)}") from None
-    return Data(meta, Tokenizer(meta["tokenizer"]))
+    return Data(meta, Tokenizer(meta["tokenizer"]), skills)
 
 
 # ---- Files and checkpoints -------------------------------------------------------------------------------------------
@@ -1048,33 +1056,151 @@ def keep_memory():
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
+HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
+
+
+def token_losses(logits, targets):
+    """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for a target of -1."""
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-1,
+                           reduction="none")
+    return nats.view(targets.shape).cpu()
+
+
 @torch.no_grad()
-def evaluate(model, loader, s, world, token_bytes):
-    """(loss in nats a token, bits per byte) over the validation rows: always the same ones, spread over processes."""
-    rows = range(loader.rows_per_epoch)
+def evaluate(model, loader, s, world, data):
+    """What the validation rows, always the same ones, say of a model: {"loss" in nats a token, "bits_per_byte",
+    "seconds"}. Where the lowest possible loss is known, and these are the rows that it speaks of, also {"floor",
+    "skills": {name: nats a token above the floor for want of this skill}}. Whole batches are dealt to the processes
+    and summed in their own order, so that the figures are the same for every number of processes."""
+    began, count = time.perf_counter(), loader.rows_per_epoch
     if s.eval_tokens is not None:
-        rows = rows[:max(1, s.eval_tokens // s.block_size)]
-    mine = rows[world.rank::world.size]
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    at_once = max(s.batch_size, 4096 // s.block_size)  # nothing is kept for a backward pass: short rows go together
+        count = min(count, max(1, s.eval_tokens // s.block_size))
+    whole = loader.documents and not loader.cut_documents and count == loader.rows_per_epoch
+    floor = data.meta.get("entropy_floor") if whole else None
+    skills = data.meta["skills"] if floor and data.skills is not None else {}  # {name: its part of the floor}
+    sizes = [len(shard) for shard in loader.shards]
+    labels = np.split(data.skills if skills else np.broadcast_to(0, sum(sizes)), np.cumsum(sizes)[:-1])
+    at_once = max(1, 4096 // s.block_size)  # so few fit into memory wherever training fits
+    batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+    sums = torch.zeros((len(batches), 2 + max(1, len(skills))), dtype=torch.float64)  # tokens, bytes, nats by skill
     model.eval()
-    for i in range(0, len(mine), at_once):
-        x, y = loader.batch(mine[i:i + at_once])
+    for i in range(world.rank, len(batches), world.size):
+        x, y = loader.batch(batches[i])
         with world.autocast():
-            _, loss = model(x.to(world.device), y.to(world.device))
-        known = y[y != -1]
-        sums += torch.tensor([loss.item() * len(known), len(known), token_bytes[known].sum()], dtype=torch.float64)
+            logits, _ = model(x.to(world.device))
+        nats, known = token_losses(logits, y)[y != -1], y[y != -1]  # (tokens,), row after row
+        label = np.concatenate([labels[n][at + 1:at + 1 + size] for n, at, size in map(loader.locate, batches[i])])
+        by_skill = np.bincount(label, nats.double(), minlength=max(1, len(skills)))
+        sums[i] = torch.tensor([len(known), data.token_bytes[known].sum(), *by_skill])
     model.train()
-    # NCCL adds up on the GPU; where there is one process nothing moves
-    nats, tokens, size = world.reduce(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
-    return nats / tokens, nats / math.log(2) / size if size else math.nan
+    sums = world.reduce(sums if world.size == 1 else sums.to(world.device))  # NCCL adds up on the GPU
+    tokens, size, *nats = sums.sum(dim=0).tolist()
+    loss = sum(nats) / tokens
+    found = {"loss": loss, "bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
+    if floor:
+        found["floor"] = floor
+        found["skills"] = {name: n / tokens - skills[name] for name, n in zip(skills, nats, strict=False)}
+    return found | {"seconds": time.perf_counter() - began}
 
 
-def report_evaluation(loss, bits_per_byte, s, world):
-    """Prints what --eval_only=True found out; returns the exit status."""
+class SharedContext:
+    """In KVCache's place: the keys and values of some contexts, read once, which rows of other tokens then continue."""
+
+    def __init__(self):
+        self.store, self.length = {}, 0
+        self.chosen = None  # (rows,): the context that each row continues
+
+    def extend(self, layer, k, v):
+        if self.length == 0:
+            self.store[layer] = k, v  # (contexts, n_head, tokens, head_dim)
+            return k, v
+        return tuple(torch.cat((before[self.chosen], new), dim=2)
+                     for before, new in zip(self.store[layer], (k, v), strict=True))
+
+
+@torch.no_grad()
+def hellaswag(model, questions, world, at_once=32):
+    """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
+    one with the lowest loss in all, and the one with the lowest mean loss a token.
+
+    Sorted by length, questions need hardly any padding, and a context is read once for its four endings: of a group
+    of questions the model first reads as much as the shortest context has; the rest goes with the endings. Groups are
+    dealt to the processes."""
+    tokenizer, T, rows = model.tokenizer, model.config.block_size, []
+    for number, question in enumerate(questions):
+        endings = [tokenizer.encode(" " + ending)[:T] for ending in question["endings"]]
+        room = T + 1 - max(map(len, endings))
+        rows.append(((tokenizer.encode(question["ctx"]) or tokenizer.document_start)[-room:], endings, number))
+    rows.sort(key=lambda row: len(row[0]))
+    losses = torch.zeros((len(rows), 4, 2))  # in all, a token
+    model.eval()
+    for i in range(world.rank * at_once, len(rows), world.size * at_once):
+        group, cache = rows[i:i + at_once], SharedContext()
+        shared = len(group[0][0]) - 1  # not its last token, which foretells the ending's first
+        texts = [(context[shared:] + ending, len(ending), place, number, e)
+                 for place, (context, endings, number) in enumerate(group) for e, ending in enumerate(endings)]
+        texts.sort(key=lambda text: len(text[0]))
+        with world.autocast():
+            if shared:
+                model.logits_of_last(torch.tensor([row[0][:shared] for row in group], device=world.device), cache)
+            for j in range(0, len(texts), 32):
+                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 32], strict=True))
+                x = torch.zeros((len(batch), len(batch[-1]) - 1), dtype=torch.int64)
+                y = torch.full_like(x, -1)
+                for row, (text, size) in enumerate(zip(batch, sizes, strict=True)):
+                    x[row, :len(text) - 1] = torch.tensor(text[:-1])
+                    y[row, len(text) - 1 - size:len(text) - 1] = torch.tensor(text[-size:])
+                cache.chosen = torch.tensor(places, device=world.device)
+                nats = token_losses(model(x.to(world.device), cache=cache)[0], y).sum(dim=1)  # (endings,)
+                losses[numbers, which] = torch.stack((nats, nats / torch.tensor(sizes)), dim=1)
+    model.train()
+    return world.reduce(losses if world.size == 1 else losses.to(world.device)).argmin(dim=1).cpu()
+
+
+def hellaswag_scores(model, world):
+    """{"questions", "acc", "acc_norm" (by the mean loss)}; nothing where prepare_data.py has not fetched the questions,
+    or for another vocabulary than GPT-2's, whose figures would compare with nobody's."""
+    questions = None
+    if world.main and HELLASWAG.exists() and model.tokenizer.spec["kind"] == "gpt2":
+        try:
+            questions = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
+            if not all(len(q["endings"]) == 4 and q["ctx"] + "".join(q["endings"]) and 0 <= q["label"] < 4
+                       for q in questions):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{HELLASWAG} is not what prepare_data.py hellaswag writes ({type(error).__name__}): "
+                            "remove it and run that again") from None
+    questions = world.from_main(questions)
+    if not questions:
+        return {}
+    right = hellaswag(model, questions, world) == torch.tensor([[q["label"]] for q in questions])
+    acc, acc_norm = right.double().mean(dim=0).tolist()
+    return {"questions": len(questions), "acc": acc, "acc_norm": acc_norm}
+
+
+def in_words(found):
+    """What evaluate() or hellaswag_scores() found, for people."""
+    if "loss" not in found:
+        return f"acc {found['acc']:.2%}, acc_norm {found['acc_norm']:.2%} of {found['questions']:,} questions"
+    text = f"{found['loss']:.4f}"
+    if "floor" in found:
+        above = 100 * (found["loss"] / found["floor"] - 1)
+        text += f", floor {found['floor']:.4f}: {above:.1f} % above the best possible"
+        skills = ", ".join(f"{name} {nats:.3f}" for name, nats in found["skills"].items())
+        text += f" ({skills})" if skills else ""
+    return f"{text}; perplexity {math.exp(min(found['loss'], 700)):.2f}, {found['bits_per_byte']:.3f} bits per byte"
+
+
+def report_evaluation(model, s, world, data):
+    """Prints what --eval_only=True finds out; returns the exit status."""
+    lines = {}
+    if Path(s.data_dir) != HELLASWAG.parent:
+        validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
+        lines["validation loss"] = evaluate(model, validation, s, world, data)
+    lines["HellaSwag"] = hellaswag_scores(model, world)
     if world.main:
-        print(f"{s.init_from} on {s.data_dir}: validation loss {loss:.4f} nats a token, "
-              f"perplexity {math.exp(loss):.2f}, {bits_per_byte:.4f} bits per byte")
+        for name, found in lines.items():
+            print(f"{s.init_from} on {s.data_dir}: {name} {in_words(found)}") if found else None
     return 0
 
 
