@@ -18,15 +18,18 @@ import csv
 import dataclasses
 import difflib
 import functools
+import html
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -1225,13 +1228,153 @@ def operations_per_token(model):
     return 6 * (model.num_parameters() - learned_positions) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
+# ---- Picture and report ----------------------------------------------------------------------------------------------
+
+# What a preset's loss is measured by, on its own data: the README says where each comes from.
+TARGETS = {"shakespeare_char": {"nanoGPT": 1.47}, "shakespeare_cpu": {"target": 1.88},
+           "tinystories_char": {"target": 1.25}, "gpt2": {"OpenAI's GPT-2": 3.2924}}
+STYLE = """<style>
+text { font: 13px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 12px; fill: #59636e }
+rect { fill: #ffffff } line { stroke: #e4e8ec } .mark { stroke: #818b98; stroke-dasharray: 6 4 }
+polyline { fill: none; stroke-width: 2; stroke-linejoin: round } .c0 { stroke: #e8710a } .c1 { stroke: #2f80ed }
+.c2 { stroke: #16a07a } .t0 { fill: #e8710a } .t1 { fill: #2f80ed } .t2 { fill: #16a07a }
+@media (prefers-color-scheme: dark) { text { fill: #f0f6fc } .small { fill: #9198a1 } rect { fill: #0d1117 }
+line { stroke: #262c36 } .mark { stroke: #7d8590 } }
+</style>"""
+
+
+def short(number):
+    """1,500,000 -> 1.5M."""
+    size, letter = next(((size, letter) for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+                         if number >= size), (1, ""))
+    return f"{number / size:.3g}{letter}"
+
+
+def duration(seconds):
+    return next(f"{seconds / unit:.3g} {name}" for unit, name in ((3600, "h"), (60, "min"), (1, "s"))
+                if seconds >= 2 * unit or unit == 1)
+
+
+def ticks(low, high):
+    """Round numbers from `low` to `high`, both positive, for a logarithmic axis: at most twelve, or powers of ten."""
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(found) <= 12:
+            break
+    return found
+
+
+def draw(panels):
+    """An SVG picture of panels one above another, each (title, {curve: [(tokens, value)]}, {line: value}). All axes are
+    logarithmic, as in most papers on scaling; a curve is averaged over each column of pixels."""
+    left, right, high = 52, 708, 250
+    tokens = [t for _, curves, _ in panels for points in curves.values() for t, _ in points if t > 0] or [1]
+    first, last = min(tokens), max(*tokens, 1.1 * min(tokens))
+    body = [f'<rect width="720" height="{len(panels) * (high + 60)}"/>']
+
+    def x(t):  # step 0 has seen no tokens, and stands at the left edge
+        return left + (right - left) * math.log(max(t, first) / first) / math.log(last / first)
+
+    def text(at, y, words, anchor="start", style="small"):
+        body.append(f'<text x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{words}</text>')
+
+    for top, (title, curves, lines) in zip(range(34, 10**6, high + 60), panels, strict=False):
+        values = [v for points in curves.values() for _, v in points] + list(lines.values())
+        least, most = 0.95 * max(1e-3, min(values)), 1.1 * max(1e-2, *values)
+
+        def y(v, top=top, least=least, most=most):
+            return top + high * math.log(most / max(v, least)) / math.log(most / least)
+
+        names = "".join(f' <tspan class="t{i}">&#160; {name}</tspan>' for i, name in enumerate(curves))
+        text(left, top - 12, html.escape(title) + names, style="")
+        for tick in ticks(least, most):
+            body.append(f'<line x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+            text(left - 6, y(tick) + 4, f"{tick:g}", "end")
+        for tick in ticks(first, last):
+            text(x(tick), top + high + 16, short(tick), "middle")
+        for name, value in lines.items():
+            body.append(f'<line class="mark" x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+            # Its name stands where the curves are not: at the right once they are far below
+            passed = min((x(t) for points in curves.values() for t, v in points if v < value), default=right)
+            side = (right, "end") if passed < 360 else (left + 4, "start")
+            text(side[0], y(value) - 4, f"{html.escape(name)} {value:.4g}", side[1])
+        for i, points in enumerate(curves.values()):
+            columns = {}
+            for t, v in points:
+                columns.setdefault(round(x(t)), []).append(v)
+            path = " ".join(f"{column},{y(statistics.fmean(vs)):.1f}" for column, vs in columns.items())
+            body.append(f'<polyline class="c{i}" points="{path}"/>')
+    text(right, top + high + 36, "tokens", "end")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {len(panels) * (high + 60)}" width="720">'
+            + "\n".join([STYLE, *body]) + "</svg>\n")
+
+
+def command(s, world):
+    """What repeats this run."""
+    usual = Settings(**PRESETS[s.preset])
+    check_settings(usual)
+    changed = [shlex.quote(f"--{f.name}={getattr(s, f.name)}") for f in dataclasses.fields(s)
+               if getattr(s, f.name) != getattr(usual, f.name)]
+    start = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
+    return " ".join([start, "train_gpt2.py", *changed])
+
+
+def summary(run, step):
+    """What a run has come to, {what: in words}: all that its report says."""
+    s, meta, c = run.s, run.data.meta, run.model.config
+    found = {n: f for n, f in sorted(run.history.items()) if "loss" in f}
+    best = min(found, key=lambda n: found[n]["loss"])
+    asked = [(n, f["hellaswag"]) for n, f in sorted(run.history.items()) if "hellaswag" in f]
+    speeds = [float(row["tokens_per_second"]) for row in run.log() if row["tokens_per_second"]]
+    facts = {
+        "model": f"{short(run.model.num_parameters())} parameters: {c.n_layer} layers, {c.n_head} heads, "
+                 f"{c.n_embd} wide, context {c.block_size}",
+        "data": f"{meta['dataset']} in {s.data_dir}, {run.data.tokenizer.spec['kind']} tokenizer of {c.vocab_size:,}",
+        "trained": f"{step:,} of {s.max_steps:,} steps, {run.tokens:,} tokens, {run.epochs(step):.1f} epochs",
+        "on": f"{run.machine}, torch {torch.__version__}",
+        "time": duration(time.perf_counter() - run.began),
+        "validation loss": in_words(found[max(found)]),
+        "lowest": f"{found[best]['loss']:.4f} at step {best:,}"}
+    if speeds:
+        speed = statistics.median(speeds)
+        facts["speed"] = f"{speed:,.0f} tokens/s, {run.utilisation(speed):.0f} % of matmul speed"
+    if asked:
+        facts["HellaSwag"] = f"{in_words(asked[-1][1])} at step {asked[-1][0]:,} (OpenAI's GPT-2: acc_norm 29.45%)"
+    return facts | {"again": f"`{command(s, run.world)}`"}
+
+
+def write_report(run, step):
+    """Writes report.md and loss.svg anew, from the log and what the evaluations found."""
+    found = [(f["tokens"], f) for _, f in sorted(run.history.items()) if "loss" in f]
+    if not found:
+        return
+    trained = [(int(row["tokens"]), float(row["train_loss"])) for row in run.log() if row["train_loss"]]
+    last = found[-1][1]
+    floor = {"floor": last["floor"]} if "floor" in last else {}
+    panels = [("loss, nats a token", {"training": trained, "validation": [(t, f["loss"]) for t, f in found]},
+               run.lines | floor)]
+    if last.get("skills"):
+        panels.append(("nats a token above the floor, for want of", {
+            name: [(t, f["skills"][name]) for t, f in found if f.get("skills")] for name in last["skills"]}, {}))
+    write_text(run.folder / "loss.svg", draw(panels))
+    lines = [f"# {run.s.preset}", "", "![loss](loss.svg)", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {words} |" for name, words in summary(run, step).items()]
+    for n, f in sorted(run.history.items()):
+        if "sample" in f:
+            loss = f", validation loss {f['loss']:.4f}" if "loss" in f else ""
+            text = [wrapped for line in f["sample"].splitlines() for wrapped in textwrap.wrap(line, 100) or [""]]
+            lines += ["", f"## Step {n:,}{loss}", "", "~~~~~~text", *text, "~~~~~~"]
+    write_text(run.folder / "report.md", "\n".join(lines) + "\n")
+
+
 # ---- A run and its folder --------------------------------------------------------------------------------------------
 
 FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps",
                  "compile_model", "deterministic", "eval_only", "eval_every", "eval_tokens", "sample_every",
                  "checkpoint_every", "log_every"}
 LOG_COLUMNS = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_second,seconds".split(",")
-RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", ".lock"}
+RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", "evaluations.json", ".lock"}
 
 
 @dataclass
@@ -1349,6 +1492,15 @@ def read_log(folder, before=math.inf):
         return []
 
 
+def read_history(folder, before):
+    """{step: what was found and written there}, of a folder's evaluations.json, for steps below `before`."""
+    try:
+        history = json.loads((folder / "evaluations.json").read_text(encoding="utf-8"))
+        return {int(step): found for step, found in history.items() if int(step) < before}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def is_done(folder, step, s):
     """Has the run in this folder, saved at `step`, taken all its steps or its time?"""
     rows = read_log(folder) if s.max_minutes else []
@@ -1360,7 +1512,7 @@ class Run:
 
     def __init__(self, s, model, optimizer, data, world):
         self.s, self.model, self.optimizer, self.data, self.world = s, model, optimizer, data, world
-        self.best, self.signal, self.bar = math.inf, None, None
+        self.best, self.signal, self.bar, self.estimated = math.inf, None, None, False
         self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
         self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
@@ -1405,23 +1557,40 @@ class Run:
         self.start = start
         return start
 
-    def announce(self, plan, loader, validation):
-        """Says what is about to happen."""
-        s, world, model = self.s, self.world, self.model
+    def announce(self, plan, loader):
+        """Says what is about to happen, and where the plan is poor."""
+        s, world, model, V = self.s, self.world, self.model, self.model.config.vocab_size
         self.tokens = loader.targets_before(self.start * plan.rows_per_step)
-        # The floor speaks of whole documents, and of all of them
-        whole = validation.documents and not validation.cut_documents and s.eval_tokens is None
-        self.floor = self.data.meta.get("entropy_floor") if whole else None
+        self.epochs = lambda step: step * plan.rows_per_step / loader.rows_per_epoch
+        own = PRESETS[s.preset].get("data_dir", Settings.data_dir) == s.data_dir
+        self.lines = self.data.meta.get("landmarks", {}) | (TARGETS.get(s.preset, {}) if own else {})
+        self.history = read_history(self.folder, before=self.start)
         if not world.main:
             return
         self.speed = matmul_speed(world.device, world.dtype)
-        epochs = s.max_steps * plan.rows_per_step / loader.rows_per_epoch
-        print(f"model: {model.num_parameters():,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide; "
-              f"{model.config.vocab_size:,} tokens, so expect a first loss near ln {model.config.vocab_size:,} = "
-              f"{math.log(model.config.vocab_size):.2f}")
-        print(f"machine: {world.size} x {world.device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s")
-        print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once; "
-              f"{s.max_steps:,} steps are {epochs:.1f} epochs of {s.data_dir}")
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+        self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
+        parameters, operations, in_epoch = model.num_parameters(), operations_per_token(model), loader.rows_per_epoch
+        epochs, tokens = self.epochs(s.max_steps), self.epochs(s.max_steps) * loader.targets_before(in_epoch)
+        parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
+                 for key, part in (("wte", "embeddings"), ("wpe", "positions"), ("attn", "attention"), ("mlp", "MLPs"),
+                                   ("ln", "norms"))]
+        print(f"model: {parameters:,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide")
+        print(f"       {', '.join(parts)}")
+        print(f"       {V:,} tokens, so expect a first loss near ln {V:,} = {math.log(V):.2f}")
+        print(f"machine: {self.machine}")
+        print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once")
+        print(f"plan: {s.max_steps:,} steps, {short(tokens / s.max_steps)} tokens each, {short(tokens)} in all: "
+              f"{epochs:.1f} epochs of {s.data_dir}, {tokens / parameters:.1f} tokens a parameter; "
+              f"{short(operations)} operations a token, {operations * tokens:.2g} in all")
+        for poor, why in (
+                (tokens < parameters, "under 1 token a parameter: so large a model learns little in so few steps"),
+                (tokens > 200 * parameters, "over 200 tokens a parameter: a larger model would learn more from them"),
+                # Muennighoff et al. 2023, section 6
+                (epochs > 40, f"{epochs:.0f} epochs: from some 40 on, reading a text again teaches nothing new"),
+                (s.warmup_steps >= s.max_steps, "the warm-up is as long as the run: learning_rate is never reached")):
+            if poor:
+                print(f"warning: {why}")
         if self.start:
             print(f"continuing {self.folder} from step {self.start:,} (--overwrite=True starts over)")
         else:
@@ -1432,8 +1601,12 @@ class Run:
     def finished(self):
         self.close()
         if self.world.main:
-            print(f"done in {time.perf_counter() - self.began:.0f} s, best validation loss {self.best:.4f}; "
-                  f"read what it writes: python sample.py --checkpoint={self.folder / 'best.pt'}")
+            facts = summary(self, max(self.history))
+            print(f"done in {facts['time']}, best validation loss {self.best:.4f}")
+            for name in ("trained", "validation loss", "HellaSwag", "speed"):
+                print(f"{name}: {facts[name]}") if name in facts else None
+            print(f"see {self.folder / 'report.md'}, and read what it writes: "
+                  f"python sample.py --checkpoint={self.folder / 'best.pt'}")
         return 0
 
     def stopped(self, step):
@@ -1495,27 +1668,56 @@ class Run:
             state = self.checkpoint(step) | {"optimizer": self.optimizer.state_dict()}
             write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
 
-    def evaluated(self, step, loss, bits_per_byte):
-        """Takes note of a validation loss, and keeps the weights if it is the lowest."""
-        self.mark = None
-        self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(bits_per_byte)}
-        floor = ""
-        if self.floor:
-            floor = f", floor {self.floor:.4f}: {100 * (loss / self.floor - 1):.1f} % above the best possible"
-        self.say(f"step {step:,}: val {loss:.4f}{floor} ({bits_per_byte:.3f} bits per byte)")
+    def log(self):
+        """The rows of log.csv, {column: text}."""
+        return [dict(zip(LOG_COLUMNS, row, strict=True)) for row in read_log(self.folder)]
+
+    def note(self, step, **found):
+        """Keeps what an evaluation found, and brings picture and report up to date."""
+        if self.world.main:
+            self.history.setdefault(step, {"tokens": self.tokens}).update(found)
+            write_text(self.folder / "evaluations.json", json.dumps(self.history))
+            write_report(self, step)
+
+    def evaluated(self, step, found):
+        """Takes note of what evaluate() found, and keeps the weights if their loss is the lowest."""
+        self.mark, loss = None, found["loss"]
+        self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(found["bits_per_byte"])}
+        self.say(f"step {step:,}: val {in_words(found)}")
+        for name, value in self.lines.items():
+            if loss < value <= self.best:
+                self.say(f"step {step:,}: past the {name} line ({value:.4f})")
         if loss < self.best:
             self.best = loss
             if self.world.main:
                 write_atomically(self.folder / "best.pt", lambda file: torch.save(self.checkpoint(step), file))
         if step == self.s.max_steps or self.time_used >= 1:
             self.write_row(step, {})
+        self.note(step, **found)
 
     def show_sample(self, step):
-        self.mark = None
+        """Lets the model write, and asks it HellaSwag's questions where they are at hand."""
+        self.mark, text = None, ""
         if self.world.main:
             length = min(200, 2 * self.s.block_size)
-            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step))
-            self.say(f"step {step:,} writes: {text.strip()}")
+            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step)).strip()
+            self.say(f"step {step:,} writes: {text}")
+        scores = hellaswag_scores(self.model, self.world)
+        if scores:
+            self.say(f"step {step:,}: HellaSwag {in_words(scores)}")
+        self.note(step, sample=text, **({"hellaswag": scores} if scores else {}))
+
+    def utilisation(self, speed):
+        """Of a speed in tokens a second: how many per cent of this machine's arithmetic it is."""
+        return 100 * speed * operations_per_token(self.model) / (self.speed * self.world.size)
+
+    def time_left(self, step, targets, speed):
+        """Seconds that remain, at this speed and with evaluations as long as those so far."""
+        s = self.s
+        evaluations = math.ceil(s.max_steps / s.eval_every) - step // s.eval_every
+        seconds = statistics.median([found["seconds"] for found in self.history.values() if "seconds" in found] or [0])
+        left = (s.max_steps - step - 1) * targets / speed + evaluations * seconds
+        return min(left, 60 * s.max_minutes * (1 - self.time_used)) if s.max_minutes else left
 
     def after_step(self, step, targets, loss_sum, lr, grad_norm):
         """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
@@ -1539,8 +1741,10 @@ class Run:
             return
         used = ""
         if speed:
-            share = speed * operations_per_token(self.model) / (self.speed * self.world.size)
-            used = f" | {speed:,.0f} tokens/s, {100 * share:.0f} % of matmul speed"
+            used = f" | {speed:,.0f} tokens/s, {self.utilisation(speed):.0f} % of matmul speed"
+            if not self.estimated:
+                self.say(f"about {duration(self.time_left(step, targets, speed))} left, evaluations included")
+                self.estimated = True
         if self.bar:
             self.bar.set_postfix_str(f"train {loss:.4f}{used}")
         elif step % s.log_every == 0:
