@@ -1096,7 +1096,7 @@ def evaluate(model, loader, s, world, data):
         by_skill = np.bincount(label, nats.double(), minlength=max(1, len(skills)))
         sums[i] = torch.tensor([len(known), data.token_bytes[known].sum(), *by_skill])
     model.train()
-    sums = world.reduce(sums if world.size == 1 else sums.to(world.device))  # NCCL adds up on the GPU
+    sums = world.reduce(sums if world.size == 1 else sums.to(world.device)).cpu()  # NCCL adds up on the GPU
     tokens, size, *nats = sums.sum(dim=0).tolist()
     loss = sum(nats) / tokens
     found = {"loss": loss, "bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
@@ -1124,16 +1124,17 @@ class SharedContext:
 @torch.no_grad()
 def hellaswag(model, questions, world, at_once=32):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
-    one with the lowest loss in all, and the one with the lowest mean loss a token.
+    one with the lowest loss in all, and the one with the lowest mean loss a token. A question is (context, [endings],
+    number of the right one).
 
     Sorted by length, questions need hardly any padding, and a context is read once for its four endings: of a group
     of questions the model first reads as much as the shortest context has; the rest goes with the endings. Groups are
     dealt to the processes."""
     tokenizer, T, rows = model.tokenizer, model.config.block_size, []
-    for number, question in enumerate(questions):
-        endings = [tokenizer.encode(" " + ending)[:T] for ending in question["endings"]]
+    for number, (context, endings, _) in enumerate(questions):
+        endings = [tokenizer.encode(ending)[:T] for ending in endings]
         room = T + 1 - max(map(len, endings))
-        rows.append(((tokenizer.encode(question["ctx"]) or tokenizer.document_start)[-room:], endings, number))
+        rows.append(((tokenizer.encode(context) or tokenizer.document_start)[-room:], endings, number))
     rows.sort(key=lambda row: len(row[0]))
     losses = torch.zeros((len(rows), 4, 2))  # in all, a token
     model.eval()
@@ -1166,17 +1167,15 @@ def hellaswag_scores(model, world):
     questions = None
     if world.main and HELLASWAG.exists() and model.tokenizer.spec["kind"] == "gpt2":
         try:
-            questions = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
-            if not all(len(q["endings"]) == 4 and q["ctx"] + "".join(q["endings"]) and 0 <= q["label"] < 4
-                       for q in questions):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            rows = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
+            questions = [(row["ctx"], [" " + row["endings"][i] for i in range(4)], int(row["label"])) for row in rows]
+        except (ValueError, LookupError, TypeError, OSError) as error:
             raise UserError(f"{HELLASWAG} is not what prepare_data.py hellaswag writes ({type(error).__name__}): "
                             "remove it and run that again") from None
     questions = world.from_main(questions)
     if not questions:
         return {}
-    right = hellaswag(model, questions, world) == torch.tensor([[q["label"]] for q in questions])
+    right = hellaswag(model, questions, world) == torch.tensor([[label] for _, _, label in questions])
     acc, acc_norm = right.double().mean(dim=0).tolist()
     return {"questions": len(questions), "acc": acc, "acc_norm": acc_norm}
 
@@ -1189,21 +1188,20 @@ def in_words(found):
     if "floor" in found:
         above = 100 * (found["loss"] / found["floor"] - 1)
         text += f", floor {found['floor']:.4f}: {above:.1f} % above the best possible"
-        skills = ", ".join(f"{name} {nats:.3f}" for name, nats in found["skills"].items())
+        skills = ", ".join(f"{name} {round(nats, 3) + 0.0:.3f}" for name, nats in found["skills"].items())
         text += f" ({skills})" if skills else ""
     return f"{text}; perplexity {math.exp(min(found['loss'], 700)):.2f}, {found['bits_per_byte']:.3f} bits per byte"
 
 
 def report_evaluation(model, s, world, data):
     """Prints what --eval_only=True finds out; returns the exit status."""
-    lines = {}
+    def say(name, found):
+        if world.main and found:
+            print(f"{s.init_from} on {s.data_dir}: {name} {in_words(found)}")
     if Path(s.data_dir) != HELLASWAG.parent:
         validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
-        lines["validation loss"] = evaluate(model, validation, s, world, data)
-    lines["HellaSwag"] = hellaswag_scores(model, world)
-    if world.main:
-        for name, found in lines.items():
-            print(f"{s.init_from} on {s.data_dir}: {name} {in_words(found)}") if found else None
+        say("validation loss", evaluate(model, validation, s, world, data))
+    say("HellaSwag", hellaswag_scores(model, world))
     return 0
 
 
@@ -1305,7 +1303,6 @@ def draw(panels):
                 columns.setdefault(round(x(t)), []).append(v)
             path = " ".join(f"{column},{y(statistics.fmean(vs)):.1f}" for column, vs in columns.items())
             body.append(f'<polyline class="c{i}" points="{path}"/>')
-    text(right, top + high + 36, "tokens", "end")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {len(panels) * (high + 60)}" width="720">'
             + "\n".join([STYLE, *body]) + "</svg>\n")
 
@@ -1320,52 +1317,52 @@ def command(s, world):
     return " ".join([start, "train_gpt2.py", *changed])
 
 
-def summary(run, step):
-    """What a run has come to, {what: in words}: all that its report says."""
-    s, meta, c = run.s, run.data.meta, run.model.config
-    found = {n: f for n, f in sorted(run.history.items()) if "loss" in f}
-    best = min(found, key=lambda n: found[n]["loss"])
-    asked = [(n, f["hellaswag"]) for n, f in sorted(run.history.items()) if "hellaswag" in f]
-    speeds = [float(row["tokens_per_second"]) for row in run.log() if row["tokens_per_second"]]
-    facts = {
-        "model": f"{short(run.model.num_parameters())} parameters: {c.n_layer} layers, {c.n_head} heads, "
-                 f"{c.n_embd} wide, context {c.block_size}",
-        "data": f"{meta['dataset']} in {s.data_dir}, {run.data.tokenizer.spec['kind']} tokenizer of {c.vocab_size:,}",
-        "trained": f"{step:,} of {s.max_steps:,} steps, {run.tokens:,} tokens, {run.epochs(step):.1f} epochs",
-        "on": f"{run.machine}, torch {torch.__version__}",
-        "time": duration(time.perf_counter() - run.began),
-        "validation loss": in_words(found[max(found)]),
-        "lowest": f"{found[best]['loss']:.4f} at step {best:,}"}
-    if speeds:
-        speed = statistics.median(speeds)
+def summary(run, step, found):
+    """What a run has come to, {what: in words}. `found`: {step: what evaluate() found}."""
+    s, c = run.s, run.model.config
+    best, asked = min(found, key=lambda n: found[n]["loss"]), [n for n in run.history if "hellaswag" in run.history[n]]
+    speed = statistics.median([float(row["tokens_per_second"]) for row in run.log() if row["tokens_per_second"]] or [0])
+    facts = {"model": f"{run.model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} "
+                      f"wide, context {c.block_size}",
+             "data": f"{s.data_dir}, a {run.data.tokenizer.spec['kind']} vocabulary of {c.vocab_size:,}",
+             "trained": f"{step:,} of {s.max_steps:,} steps, {run.tokens:,} tokens, {run.epochs(step):.1f} epochs",
+             "on": f"{run.machine}, torch {torch.__version__}",
+             "time": duration(time.perf_counter() - run.began),
+             "validation loss": in_words(found[max(found)]),
+             "lowest": f"{found[best]['loss']:.4f} at step {best:,}"}
+    if speed:
         facts["speed"] = f"{speed:,.0f} tokens/s, {run.utilisation(speed):.0f} % of matmul speed"
     if asked:
-        facts["HellaSwag"] = f"{in_words(asked[-1][1])} at step {asked[-1][0]:,} (OpenAI's GPT-2: acc_norm 29.45%)"
+        facts["HellaSwag"] = f"{in_words(run.history[max(asked)]['hellaswag'])} (OpenAI's GPT-2: acc_norm 29.45%)"
     return facts | {"again": f"`{command(s, run.world)}`"}
 
 
 def write_report(run, step):
-    """Writes report.md and loss.svg anew, from the log and what the evaluations found."""
-    found = [(f["tokens"], f) for _, f in sorted(run.history.items()) if "loss" in f]
-    if not found:
-        return
+    """Writes report.md and loss.svg anew, from the log and what the evaluations found; returns the summary."""
+    found = {n: f for n, f in sorted(run.history.items()) if "loss" in f}
+    if not found:  # a run that was begun before there were reports
+        return {}
+    last = found[max(found)]
+
+    def curve(value):
+        return [(f["tokens"], value(f)) for f in found.values() if value(f) is not None]
     trained = [(int(row["tokens"]), float(row["train_loss"])) for row in run.log() if row["train_loss"]]
-    last = found[-1][1]
-    floor = {"floor": last["floor"]} if "floor" in last else {}
-    panels = [("loss, nats a token", {"training": trained, "validation": [(t, f["loss"]) for t, f in found]},
-               run.lines | floor)]
+    panels = [("nats a token, over the tokens read:", {"training": trained, "validation": curve(lambda f: f["loss"])},
+               run.lines | ({"floor": last["floor"]} if "floor" in last else {}))]
     if last.get("skills"):
-        panels.append(("nats a token above the floor, for want of", {
-            name: [(t, f["skills"][name]) for t, f in found if f.get("skills")] for name in last["skills"]}, {}))
+        panels.append(("nats a token above the floor, for want of:", {
+            name: curve(lambda f, name=name: f.get("skills", {}).get(name)) for name in last["skills"]}, {}))
     write_text(run.folder / "loss.svg", draw(panels))
+    facts = summary(run, step, found)
     lines = [f"# {run.s.preset}", "", "![loss](loss.svg)", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {words} |" for name, words in summary(run, step).items()]
+    lines += [f"| {name} | {words} |" for name, words in facts.items()]
     for n, f in sorted(run.history.items()):
         if "sample" in f:
             loss = f", validation loss {f['loss']:.4f}" if "loss" in f else ""
             text = [wrapped for line in f["sample"].splitlines() for wrapped in textwrap.wrap(line, 100) or [""]]
             lines += ["", f"## Step {n:,}{loss}", "", "~~~~~~text", *text, "~~~~~~"]
     write_text(run.folder / "report.md", "\n".join(lines) + "\n")
+    return facts
 
 
 # ---- A run and its folder --------------------------------------------------------------------------------------------
@@ -1512,7 +1509,7 @@ class Run:
 
     def __init__(self, s, model, optimizer, data, world):
         self.s, self.model, self.optimizer, self.data, self.world = s, model, optimizer, data, world
-        self.best, self.signal, self.bar, self.estimated = math.inf, None, None, False
+        self.best, self.signal, self.bar, self.evaluation_seconds, self.to_estimate = math.inf, None, None, 0, True
         self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
         self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
@@ -1601,7 +1598,7 @@ class Run:
     def finished(self):
         self.close()
         if self.world.main:
-            facts = summary(self, max(self.history))
+            facts = write_report(self, max(self.history))
             print(f"done in {facts['time']}, best validation loss {self.best:.4f}")
             for name in ("trained", "validation loss", "HellaSwag", "speed"):
                 print(f"{name}: {facts[name]}") if name in facts else None
@@ -1674,14 +1671,14 @@ class Run:
 
     def note(self, step, **found):
         """Keeps what an evaluation found, and brings picture and report up to date."""
-        if self.world.main:
+        if self.world.main and math.isfinite(found.get("loss", 0)):
             self.history.setdefault(step, {"tokens": self.tokens}).update(found)
             write_text(self.folder / "evaluations.json", json.dumps(self.history))
             write_report(self, step)
 
     def evaluated(self, step, found):
         """Takes note of what evaluate() found, and keeps the weights if their loss is the lowest."""
-        self.mark, loss = None, found["loss"]
+        self.mark, loss, self.evaluation_seconds = None, found["loss"], found.pop("seconds")
         self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(found["bits_per_byte"])}
         self.say(f"step {step:,}: val {in_words(found)}")
         for name, value in self.lines.items():
@@ -1711,14 +1708,6 @@ class Run:
         """Of a speed in tokens a second: how many per cent of this machine's arithmetic it is."""
         return 100 * speed * operations_per_token(self.model) / (self.speed * self.world.size)
 
-    def time_left(self, step, targets, speed):
-        """Seconds that remain, at this speed and with evaluations as long as those so far."""
-        s = self.s
-        evaluations = math.ceil(s.max_steps / s.eval_every) - step // s.eval_every
-        seconds = statistics.median([found["seconds"] for found in self.history.values() if "seconds" in found] or [0])
-        left = (s.max_steps - step - 1) * targets / speed + evaluations * seconds
-        return min(left, 60 * s.max_minutes * (1 - self.time_used)) if s.max_minutes else left
-
     def after_step(self, step, targets, loss_sum, lr, grad_norm):
         """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
         s = self.s
@@ -1742,9 +1731,12 @@ class Run:
         used = ""
         if speed:
             used = f" | {speed:,.0f} tokens/s, {self.utilisation(speed):.0f} % of matmul speed"
-            if not self.estimated:
-                self.say(f"about {duration(self.time_left(step, targets, speed))} left, evaluations included")
-                self.estimated = True
+            if self.to_estimate:
+                evaluations = s.max_steps // s.eval_every - step // s.eval_every
+                left = (s.max_steps - step) * targets / speed + evaluations * self.evaluation_seconds
+                left = min(left, 60 * s.max_minutes * (1 - self.time_used)) if s.max_minutes else left
+                self.say(f"about {duration(left)} left, evaluations included")
+                self.to_estimate = False
         if self.bar:
             self.bar.set_postfix_str(f"train {loss:.4f}{used}")
         elif step % s.log_every == 0:
