@@ -51,6 +51,7 @@ from train_gpt2 import (
     read_shard,
     reports_mistakes,
     shard_paths,
+    write_atomically,
     write_shard,
     write_text,
 )
@@ -149,12 +150,17 @@ def options(slot, known):
                 game=GAMES)[slot]
 
 
-def tell(choose):
-    """One story and the logarithm of its improbability. `choose(options)` returns one of a list; what decides it is the
-    caller's: chance for the corpus, every path in turn for a test.
+SKILLS = ["wording", "choices", "recall"]  # what it takes to foresee a piece of a story; skills.npy holds their numbers
 
-    Returns (text, nats): nats = the sum of ln(number of options) over all choices = -ln p(text)."""
-    nats, known, text = 0.0, {}, []
+
+def story(choose):
+    """One story, piece by piece: a list of (text, skill, nats). `choose(options)` returns one of a list; what decides
+    it is the caller's: chance for the corpus, every path in turn for a test.
+
+    A sentence's first word is one of the choices, for it tells the wording, and so is a {word} where it appears first;
+    from then on it is recalled, and the hero's name tells the pronouns. nats = the sum of ln(number of options) over
+    what was chosen since the piece before."""
+    nats, known, told, pieces = 0.0, {}, set(), []
 
     def pick(among):
         nonlocal nats
@@ -163,12 +169,38 @@ def tell(choose):
 
     known["hero"] = pick(list(HEROES))  # first, for {child} may stand before the name
     for wordings in SENTENCES:
-        wording = pick(wordings)
-        for slot in regex.findall(r"\{(\w+)\}", wording):
-            if slot not in known:
-                known[slot] = pick(options(slot, known))
-        text.append(wording.format(**known))
-    return " ".join(text), nats
+        parts = regex.findall(r'\{\w+\}|^"|^\w+|[^{]+', pick(wordings))  # slots, the first word, and what is between
+        for i, text in enumerate(parts):
+            skill, slot = "wording" if i else "choices", text.strip("{}")
+            if text != slot:
+                if slot not in known:
+                    known[slot] = pick(options(slot, known))
+                skill, text = "recall" if slot in told else "choices", known[slot]
+                told |= {slot, "child", "he", "his", "him"} if slot == "hero" else {slot}
+            pieces.append((text if i or not pieces else " " + text, skill, nats))
+            nats = 0.0
+    return pieces
+
+
+def tell(choose):
+    """(text, nats) of one story: nats = the sum of ln(number of options) over all choices = -ln p(text)."""
+    pieces = story(choose)
+    return "".join(text for text, _, _ in pieces), sum(nats for _, _, nats in pieces)
+
+
+def label(stories, tokenizer):
+    """(n,) uint8: the number in SKILLS of each token of a split that holds these stories. A token has the skill of its
+    last character; what stands between stories is wording."""
+    between, sizes, labels = len(separator(tokenizer)), tokenizer.token_bytes(), []
+    for pieces in stories:
+        ends = np.cumsum([len(text) for text, _, _ in pieces])
+        ids = tokenizer.encode("".join(text for text, _, _ in pieces))
+        last = np.cumsum(sizes[ids]) - 1  # each token's last byte, which is a character: the stories are ASCII
+        skills = np.array([SKILLS.index(skill) for _, skill, _ in pieces], np.uint8)
+        labels += [np.zeros(between, np.uint8), skills[np.searchsorted(ends, last, side="right")]]
+    if tokenizer.eot is None:
+        return np.concatenate(labels[1:])  # no blank line before the first story
+    return np.concatenate([*labels, np.zeros(1, np.uint8)])  # <|endoftext|> after the last
 
 
 def write_stories(count, seed):
@@ -955,8 +987,12 @@ def prepare(s):
     if s.dataset == "stories":
         # The lowest loss that any model can be expected to reach on exactly the validation targets: every token but
         # the first one, the closing <|endoftext|> of each story included, which is certain and so costs nothing.
-        nats = write_stories(STORIES, s.seed)[1][-meta["val"]["documents"]:]
-        meta["entropy_floor"] = sum(nats) / (meta["val"]["tokens"] - 1)
+        choose, targets = random.Random(s.seed).choice, meta["val"]["tokens"] - 1
+        told = [story(choose) for _ in range(STORIES)][-meta["val"]["documents"]:]
+        meta["skills"] = {skill: sum(nats for pieces in told for _, its, nats in pieces if its == skill) / targets
+                          for skill in SKILLS}
+        meta["entropy_floor"] = sum(meta["skills"].values())
+        write_atomically(folder / "skills.npy", lambda file: np.save(file, label(told, job.tokenizer)))
     return finish(folder, meta, settings)
 
 

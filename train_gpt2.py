@@ -19,16 +19,19 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib.util
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 import warnings
@@ -172,14 +175,17 @@ def attend(q, k, v, dropout=0.0, flash=True):
     the shape of q."""
     if q.dtype != k.dtype:  # a cache may keep more digits than the weights have
         return attend(q.to(k.dtype), k, v, dropout, flash).to(q.dtype)
-    causal = q.size(-2) > 1  # a single new token may look at everything before it, so it needs no mask
+    T, S = q.size(-2), k.size(-2)
+    causal = T > 1  # a single new token may look at everything before it, so it needs no mask
     # The CPU's fused kernel is the slower one in bfloat16: by 1.6 times on 2 rows of 1,024 tokens, 6 on 24 rows of 64
     if flash and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, T); the root keeps their spread near 1
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and T < S else None
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal and T == S)
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S); the root keeps their spread near 1
     if causal:  # above the diagonal lies the future, which must not help: e^-inf is a weight of 0
-        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=q.device).triu(1)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, T); each row adds up to 1
+        future = torch.full((T, S), float("-inf"), dtype=scores.dtype, device=q.device).triu(1 + S - T)
+        scores = scores + future
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); each row adds up to 1
     return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
 
 
@@ -285,8 +291,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
-        if cache is not None:  # when sampling, all that matters is what follows the last token
-            cache.length, x = start + T, x[:, -1:]
+        if cache is not None:
+            x = cache.advance(x)  # when sampling, all that matters is what follows the last token: (B, 1, C)
         logits = self.unembed(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
@@ -509,9 +515,9 @@ def train(s, world):
     data = open_data(s.data_dir)
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
-    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
     if s.eval_only:
-        return report_evaluation(*evaluate(raw_model, validation, s, world, data.token_bytes), s, world)
+        return report_evaluation(raw_model, s, world, data)
+    validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
@@ -521,7 +527,7 @@ def train(s, world):
     model = compiled_and_parallel(raw_model.train(), s, world)
     if world.device.type == "cuda":
         fit_in_memory(model, plan, s, world)
-    run.announce(plan, loader, validation)
+    run.announce(plan, loader)
 
     def make(step):
         return step_batches(loader, step, plan, world)
@@ -532,7 +538,7 @@ def train(s, world):
             if step > start and (last or step % s.checkpoint_every == 0):
                 run.save(step)
             if last or step % s.eval_every == 0:
-                run.evaluated(step, *evaluate(raw_model, validation, s, world, data.token_bytes))
+                run.evaluated(step, evaluate(raw_model, validation, s, world, data))
             if last or (step and step % s.sample_every == 0):
                 run.show_sample(step)
             if last:
@@ -765,8 +771,8 @@ def shard_paths(data_dir):
 def how_to_prepare(data_dir):
     """The command that makes a preset's data, for messages."""
     commands = {"stories": "", "shakespeare": " shakespeare", "tinystories": " tinystories",
-                "fineweb_edu": " fineweb_edu", "fineweb_edu_bpe": " fineweb_edu --tokenizer=bpe --vocab_size=9157 "
-                "--max_tokens=99_000_000"}
+                "fineweb_edu": " fineweb_edu", "hellaswag": " hellaswag",
+                "fineweb_edu_bpe": " fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"}
     name = Path(data_dir).name
     if name not in commands:
         return "make them with: python prepare_data.py FILE.txt --out_dir=" + str(data_dir)
@@ -779,6 +785,7 @@ class Data:
 
     meta: dict
     tokenizer: Tokenizer
+    skills: np.ndarray | None = None  # (n,) for each validation token, which of meta["skills"] foresees it
 
     @property
     def vocab_size(self):
@@ -800,7 +807,8 @@ def open_data(data_dir):
     if not os.path.isdir(data_dir):
         raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
     if not path.exists():
-        shard_paths(data_dir)
+        if path.parent != HELLASWAG.parent:  # which --eval_only=True takes as well
+            shard_paths(data_dir)
         return Data({"dataset": path.parent.name}, Tokenizer({"kind": "gpt2"}))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -809,11 +817,14 @@ def open_data(data_dir):
         for value in (meta.get("entropy_floor", 0), *meta.get("landmarks", {}).values()):
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"{value!r} nats")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        skills = np.load(path.with_name("skills.npy")) if meta.get("skills") else None
+        if skills is not None and (skills.shape != (meta["val"]["tokens"],) or skills.max() >= len(meta["skills"])):
+            raise ValueError("skills.npy belongs to other shards")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RecursionError) as error:
         raise UserError(f"{path} is not what prepare_data.py writes ({type(error).__name__}: {error}); "
                         f"{how_to_prepare(data_dir)}") from None
     try:
-        return Data(meta, Tokenizer(meta["tokenizer"]))
+        return Data(meta, Tokenizer(meta["tokenizer"]), skills)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -1312,7 +1323,7 @@ class KVCache:
                           for block in model.transformer.h}
         except RuntimeError:
             raise UserError(f"{batch:,} texts at once do not fit into memory: lower num_samples") from None
-        self.length = 0  # tokens in it; the model moves it on once all layers have seen the new ones
+        self.length = 0  # tokens in it
 
     def extend(self, layer, k, v):
         """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
@@ -1320,6 +1331,11 @@ class KVCache:
         end = self.length + k.size(2)
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         return keys[:len(k), :, :end], values[:len(k), :, :end]
+
+    def advance(self, x):
+        """(B, T, C) -> (B, 1, C): all layers have seen these T tokens now; only what follows the last is asked for."""
+        self.length += x.size(1)
+        return x[:, -1:]
 
 
 class OneDNN(torch.overrides.TorchFunctionMode):
@@ -1381,33 +1397,156 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
+HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
+
+
+def token_losses(logits, targets):
+    """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for a target of -1."""
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-1,
+                           reduction="none")
+    return nats.view(targets.shape).cpu()
+
+
 @torch.no_grad()
-def evaluate(model, loader, s, world, token_bytes):
-    """(loss in nats a token, bits per byte) over the validation rows: always the same ones, spread over processes."""
-    rows = range(loader.rows_per_epoch)
+def evaluate(model, loader, s, world, data):
+    """What the validation rows, always the same ones, say of a model: {"loss" in nats a token, "bits_per_byte",
+    "seconds"}. Where the lowest possible loss is known, and these are the rows that it speaks of, also {"floor",
+    "skills": {name: nats a token above the floor for want of this skill}}. Whole batches are dealt to the processes
+    and summed in their own order, so that the figures are the same for every number of processes."""
+    began, count = time.perf_counter(), loader.rows_per_epoch
     if s.eval_tokens is not None:
-        rows = rows[:max(1, s.eval_tokens // s.block_size)]
-    mine = rows[world.rank::world.size]
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    at_once = max(s.batch_size, 4096 // s.block_size)  # nothing is kept for a backward pass: short rows go together
+        count = min(count, max(1, s.eval_tokens // s.block_size))
+    whole = loader.documents and not loader.cut_documents and count == loader.rows_per_epoch
+    floor = data.meta.get("entropy_floor") if whole else None
+    skills = data.meta["skills"] if floor and data.skills is not None else {}  # {name: its part of the floor}
+    sizes = [len(shard) for shard in loader.shards]
+    labels = np.split(data.skills if skills else np.broadcast_to(0, sum(sizes)), np.cumsum(sizes)[:-1])
+    at_once = max(1, 4096 // s.block_size)  # so few fit into memory wherever training fits
+    batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+    sums = torch.zeros((len(batches), 2 + max(1, len(skills))), dtype=torch.float64)  # tokens, bytes, nats by skill
     model.eval()
-    for i in range(0, len(mine), at_once):
-        x, y = loader.batch(mine[i:i + at_once])
+    for i in range(world.rank, len(batches), world.size):
+        x, y = loader.batch(batches[i])
         with world.autocast():
-            _, loss = model(x.to(world.device), y.to(world.device))
-        known = y[y != -1]
-        sums += torch.tensor([loss.item() * len(known), len(known), token_bytes[known].sum()], dtype=torch.float64)
+            logits, _ = model(x.to(world.device))
+        nats, known = token_losses(logits, y)[y != -1], y[y != -1]  # (tokens,), row after row
+        label = np.concatenate([labels[n][at + 1:at + 1 + size] for n, at, size in map(loader.locate, batches[i])])
+        by_skill = np.bincount(label, nats.double(), minlength=max(1, len(skills)))
+        sums[i] = torch.tensor([len(known), data.token_bytes[known].sum(), *by_skill])
     model.train()
-    # NCCL adds up on the GPU; where there is one process nothing moves
-    nats, tokens, size = world.reduce(sums.to(world.device) if world.device.type == "cuda" else sums).tolist()
-    return nats / tokens, nats / math.log(2) / size if size else math.nan
+    sums = world.reduce(sums if world.size == 1 else sums.to(world.device)).cpu()  # NCCL adds up on the GPU
+    tokens, size, *nats = sums.sum(dim=0).tolist()
+    loss = sum(nats) / tokens
+    found = {"loss": loss, "bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
+    if floor:
+        found["floor"] = floor
+        found["skills"] = {name: n / tokens - skills[name] for name, n in zip(skills, nats, strict=False)}
+    return found | {"seconds": time.perf_counter() - began}
 
 
-def report_evaluation(loss, bits_per_byte, s, world):
-    """Prints what --eval_only=True found out; returns the exit status."""
-    if world.main:
-        print(f"{s.init_from} on {s.data_dir}: validation loss {loss:.4f} nats a token, "
-              f"perplexity {math.exp(loss):.2f}, {bits_per_byte:.4f} bits per byte")
+class SharedContext:
+    """In KVCache's place: the keys and values of some contexts, read once, which rows of other tokens then continue."""
+
+    def __init__(self):
+        self.store, self.length = {}, 0
+        self.chosen = None  # (rows,): the context that each row continues
+
+    def extend(self, layer, k, v):
+        if self.length == 0:
+            self.store[layer] = k, v  # (contexts, n_head, tokens, head_dim)
+            return k, v
+        return tuple(torch.cat((before[self.chosen], new), dim=2)
+                     for before, new in zip(self.store[layer], (k, v), strict=True))
+
+    def advance(self, x):
+        """The context's own predictions are not asked for; all of an ending's are."""
+        if self.length:
+            return x
+        self.length = x.size(1)
+        return x[:, -1:]
+
+
+@torch.no_grad()
+def hellaswag(model, questions, world, at_once=32):
+    """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
+    one with the lowest loss in all, and the one with the lowest mean loss a token. A question is (context, [endings],
+    number of the right one).
+
+    Sorted by length, questions need hardly any padding, and a context is read once for its four endings: of a group
+    of questions the model first reads as much as the shortest context has; the rest goes with the endings. Groups are
+    dealt to the processes."""
+    tokenizer, T, rows = model.tokenizer, model.config.block_size, []
+    for number, (context, endings, _) in enumerate(questions):
+        endings = [tokenizer.encode(ending)[:T] for ending in endings]
+        room = T + 1 - max(map(len, endings))
+        rows.append(((tokenizer.encode(context) or tokenizer.document_start)[-room:], endings, number))
+    rows.sort(key=lambda row: len(row[0]))
+    losses = torch.zeros((len(rows), 4, 2))  # in all, a token
+    model.eval()
+    for i in range(world.rank * at_once, len(rows), world.size * at_once):
+        group, cache = rows[i:i + at_once], SharedContext()
+        shared = len(group[0][0]) - 1  # not its last token, which foretells the ending's first
+        texts = [(context[shared:] + ending, len(ending), place, number, e)
+                 for place, (context, endings, number) in enumerate(group) for e, ending in enumerate(endings)]
+        texts.sort(key=lambda text: len(text[0]))
+        with world.autocast():
+            if shared:
+                model(torch.tensor([row[0][:shared] for row in group], device=world.device), cache=cache)
+            for j in range(0, len(texts), 32):
+                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 32], strict=True))
+                x = torch.zeros((len(batch), len(batch[-1]) - 1), dtype=torch.int64)
+                y = torch.full_like(x, -1)
+                for row, (text, size) in enumerate(zip(batch, sizes, strict=True)):
+                    x[row, :len(text) - 1] = torch.tensor(text[:-1])
+                    y[row, len(text) - 1 - size:len(text) - 1] = torch.tensor(text[-size:])
+                cache.chosen = torch.tensor(places, device=world.device)
+                nats = token_losses(model(x.to(world.device), cache=cache)[0], y).sum(dim=1)  # (endings,)
+                losses[numbers, which] = torch.stack((nats, nats / torch.tensor(sizes)), dim=1)
+    model.train()
+    return world.reduce(losses if world.size == 1 else losses.to(world.device)).argmin(dim=1).cpu()
+
+
+def hellaswag_scores(model, world):
+    """{"questions", "acc", "acc_norm" (by the mean loss)}; nothing where prepare_data.py has not fetched the questions,
+    or for another vocabulary than GPT-2's, whose figures would compare with nobody's."""
+    questions = None
+    if world.main and HELLASWAG.exists() and model.tokenizer.spec["kind"] == "gpt2":
+        try:
+            rows = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
+            questions = [(row["ctx"], [" " + row["endings"][i] for i in range(4)], int(row["label"])) for row in rows]
+        except (ValueError, LookupError, TypeError, OSError) as error:
+            raise UserError(f"{HELLASWAG} is not what prepare_data.py hellaswag writes ({type(error).__name__}): "
+                            "remove it and run that again") from None
+    questions = world.from_main(questions)
+    if not questions:
+        return {}
+    right = hellaswag(model, questions, world) == torch.tensor([[label] for _, _, label in questions])
+    acc, acc_norm = right.double().mean(dim=0).tolist()
+    return {"questions": len(questions), "acc": acc, "acc_norm": acc_norm}
+
+
+def in_words(found):
+    """What evaluate() or hellaswag_scores() found, for people."""
+    if "loss" not in found:
+        return f"acc {found['acc']:.2%}, acc_norm {found['acc_norm']:.2%} of {found['questions']:,} questions"
+    text = f"{found['loss']:.4f}"
+    if "floor" in found:
+        above = 100 * (found["loss"] / found["floor"] - 1)
+        text += f", floor {found['floor']:.4f}: {above:.1f} % above the best possible"
+        skills = ", ".join(f"{name} {round(nats, 3) + 0.0:.3f}" for name, nats in found["skills"].items())
+        text += f" ({skills})" if skills else ""
+    return f"{text}; perplexity {math.exp(min(found['loss'], 700)):.2f}, {found['bits_per_byte']:.3f} bits per byte"
+
+
+def report_evaluation(model, s, world, data):
+    """Prints what --eval_only=True finds out; returns the exit status."""
+    def say(name, found):
+        if world.main and found:
+            print(f"{s.init_from} on {s.data_dir}: {name} {in_words(found)}")
+    if Path(s.data_dir) != HELLASWAG.parent:
+        validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
+        say("validation loss", evaluate(model, validation, s, world, data))
+    say("HellaSwag", hellaswag_scores(model, world))
     return 0
 
 
@@ -1432,13 +1571,152 @@ def operations_per_token(model):
     return 6 * (model.num_parameters() - learned_positions) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
+# ---- Picture and report ----------------------------------------------------------------------------------------------
+
+# What a preset's loss is measured by, on its own data: the README says where each comes from.
+TARGETS = {"shakespeare_char": {"nanoGPT": 1.47}, "shakespeare_cpu": {"target": 1.88},
+           "tinystories_char": {"target": 1.25}, "gpt2": {"OpenAI's GPT-2": 3.2924}}
+STYLE = """<style>
+text { font: 13px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 12px; fill: #59636e }
+rect { fill: #ffffff } line { stroke: #e4e8ec } .mark { stroke: #818b98; stroke-dasharray: 6 4 }
+polyline { fill: none; stroke-width: 2; stroke-linejoin: round } .c0 { stroke: #e8710a } .c1 { stroke: #2f80ed }
+.c2 { stroke: #16a07a } .t0 { fill: #e8710a } .t1 { fill: #2f80ed } .t2 { fill: #16a07a }
+@media (prefers-color-scheme: dark) { text { fill: #f0f6fc } .small { fill: #9198a1 } rect { fill: #0d1117 }
+line { stroke: #262c36 } .mark { stroke: #7d8590 } }
+</style>"""
+
+
+def short(number):
+    """1,500,000 -> 1.5M."""
+    size, letter = next(((size, letter) for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+                         if number >= size), (1, ""))
+    return f"{number / size:.3g}{letter}"
+
+
+def duration(seconds):
+    return next(f"{seconds / unit:.3g} {name}" for unit, name in ((3600, "h"), (60, "min"), (1, "s"))
+                if seconds >= 2 * unit or unit == 1)
+
+
+def ticks(low, high):
+    """Round numbers from `low` to `high`, both positive, for a logarithmic axis: at most twelve, or powers of ten."""
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(found) <= 12:
+            break
+    return found
+
+
+def draw(panels):
+    """An SVG picture of panels one above another, each (title, {curve: [(tokens, value)]}, {line: value}). All axes are
+    logarithmic, as in most papers on scaling; a curve is averaged over each column of pixels."""
+    left, right, high = 52, 708, 250
+    tokens = [t for _, curves, _ in panels for points in curves.values() for t, _ in points if t > 0] or [1]
+    first, last = min(tokens), max(*tokens, 1.1 * min(tokens))
+    body = [f'<rect width="720" height="{len(panels) * (high + 60)}"/>']
+
+    def x(t):  # step 0 has seen no tokens, and stands at the left edge
+        return left + (right - left) * math.log(max(t, first) / first) / math.log(last / first)
+
+    def text(at, y, words, anchor="start", style="small"):
+        body.append(f'<text x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{words}</text>')
+
+    for top, (title, curves, lines) in zip(range(34, 10**6, high + 60), panels, strict=False):
+        values = [v for points in curves.values() for _, v in points] + list(lines.values())
+        least, most = 0.95 * max(1e-3, min(values)), 1.1 * max(1e-2, *values)
+
+        def y(v, top=top, least=least, most=most):
+            return top + high * math.log(most / max(v, least)) / math.log(most / least)
+
+        names = "".join(f' <tspan class="t{i}">&#160; {name}</tspan>' for i, name in enumerate(curves))
+        text(left, top - 12, html.escape(title) + names, style="")
+        for tick in ticks(least, most):
+            body.append(f'<line x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+            text(left - 6, y(tick) + 4, f"{tick:g}", "end")
+        for tick in ticks(first, last):
+            text(x(tick), top + high + 16, short(tick), "middle")
+        for name, value in lines.items():
+            body.append(f'<line class="mark" x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+            # Its name stands where the curves are not: at the right once they are far below
+            passed = min((x(t) for points in curves.values() for t, v in points if v < value), default=right)
+            side = (right, "end") if passed < 360 else (left + 4, "start")
+            text(side[0], y(value) - 4, f"{html.escape(name)} {value:.4g}", side[1])
+        for i, points in enumerate(curves.values()):
+            columns = {}
+            for t, v in points:
+                columns.setdefault(round(x(t)), []).append(v)
+            path = " ".join(f"{column},{y(statistics.fmean(vs)):.1f}" for column, vs in columns.items())
+            body.append(f'<polyline class="c{i}" points="{path}"/>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {len(panels) * (high + 60)}" width="720">'
+            + "\n".join([STYLE, *body]) + "</svg>\n")
+
+
+def command(s, world):
+    """What repeats this run."""
+    usual = Settings(**PRESETS[s.preset])
+    check_settings(usual)
+    changed = [shlex.quote(f"--{f.name}={getattr(s, f.name)}") for f in dataclasses.fields(s)
+               if getattr(s, f.name) != getattr(usual, f.name)]
+    start = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
+    return " ".join([start, "train_gpt2.py", *changed])
+
+
+def summary(run, step, found):
+    """What a run has come to, {what: in words}. `found`: {step: what evaluate() found}."""
+    s, c = run.s, run.model.config
+    best, asked = min(found, key=lambda n: found[n]["loss"]), [n for n in run.history if "hellaswag" in run.history[n]]
+    speed = statistics.median([float(row["tokens_per_second"]) for row in run.log() if row["tokens_per_second"]] or [0])
+    facts = {"model": f"{run.model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} "
+                      f"wide, context {c.block_size}",
+             "data": f"{s.data_dir}, a {run.data.tokenizer.spec['kind']} vocabulary of {c.vocab_size:,}",
+             "trained": f"{step:,} of {s.max_steps:,} steps, {run.tokens:,} tokens, {run.epochs(step):.1f} epochs",
+             "on": f"{run.machine}, torch {torch.__version__}",
+             "time": duration(time.perf_counter() - run.began),
+             "validation loss": in_words(found[max(found)]),
+             "lowest": f"{found[best]['loss']:.4f} at step {best:,}"}
+    if speed:
+        facts["speed"] = f"{speed:,.0f} tokens/s, {run.utilisation(speed):.0f} % of matmul speed"
+    if asked:
+        facts["HellaSwag"] = f"{in_words(run.history[max(asked)]['hellaswag'])} (OpenAI's GPT-2: acc_norm 29.45%)"
+    return facts | {"again": f"`{command(s, run.world)}`"}
+
+
+def write_report(run, step):
+    """Writes report.md and loss.svg anew, from the log and what the evaluations found; returns the summary."""
+    found = {n: f for n, f in sorted(run.history.items()) if "loss" in f}
+    if not found:  # a run that was begun before there were reports
+        return {}
+    last = found[max(found)]
+
+    def curve(value):
+        return [(f["tokens"], value(f)) for f in found.values() if value(f) is not None]
+    trained = [(int(row["tokens"]), float(row["train_loss"])) for row in run.log() if row["train_loss"]]
+    panels = [("nats a token, over the tokens read:", {"training": trained, "validation": curve(lambda f: f["loss"])},
+               run.lines | ({"floor": last["floor"]} if "floor" in last else {}))]
+    if last.get("skills"):
+        panels.append(("nats a token above the floor, for want of:", {
+            name: curve(lambda f, name=name: f.get("skills", {}).get(name)) for name in last["skills"]}, {}))
+    write_text(run.folder / "loss.svg", draw(panels))
+    facts = summary(run, step, found)
+    lines = [f"# {run.s.preset}", "", "![loss](loss.svg)", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {words} |" for name, words in facts.items()]
+    for n, f in sorted(run.history.items()):
+        if "sample" in f:
+            loss = f", validation loss {f['loss']:.4f}" if "loss" in f else ""
+            text = [wrapped for line in f["sample"].splitlines() for wrapped in textwrap.wrap(line, 100) or [""]]
+            lines += ["", f"## Step {n:,}{loss}", "", "~~~~~~text", *text, "~~~~~~"]
+    write_text(run.folder / "report.md", "\n".join(lines) + "\n")
+    return facts
+
+
 # ---- A run and its folder --------------------------------------------------------------------------------------------
 
 FREE_SETTINGS = {"preset", "out_dir", "overwrite", "device", "batch_size", "grad_accum_steps",
                  "compile_model", "deterministic", "eval_only", "eval_every", "eval_tokens", "sample_every",
                  "checkpoint_every", "log_every"}
 LOG_COLUMNS = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_second,seconds".split(",")
-RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", ".lock"}
+RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "loss.svg", "report.md", "evaluations.json", ".lock"}
 
 
 @dataclass
@@ -1560,6 +1838,15 @@ def read_log(folder):
     return [row.split(",") for row in re.findall(r"^[0-9]{1,15}(?:,[-+.\w]*){7},[0-9]+\.[0-9]{2}$", text, re.MULTILINE)]
 
 
+def read_history(folder, before):
+    """{step: what was found and written there}, of a folder's evaluations.json, for steps below `before`."""
+    try:
+        history = json.loads((folder / "evaluations.json").read_text(encoding="utf-8"))
+        return {int(step): found for step, found in history.items() if int(step) < before}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def is_done(folder, step):
     """Has the run in this folder, saved at `step`, come to its end? Only the last row of all has no training loss: a
     run that was killed between its last step and its last evaluation still has something to do."""
@@ -1573,7 +1860,7 @@ class Run:
     def __init__(self, s, model, optimizer, scaler, data, world):
         self.s, self.model, self.data, self.world = s, model, data, world
         self.optimizer, self.scaler = optimizer, scaler
-        self.best, self.signal, self.bar = math.inf, None, None
+        self.best, self.signal, self.bar, self.evaluation_seconds, self.to_estimate = math.inf, None, None, 0, True
         self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
         self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
@@ -1632,23 +1919,40 @@ class Run:
         self.best = checkpoint["best_val_loss"]
         return checkpoint["step"]
 
-    def announce(self, plan, loader, validation):
-        """Says what is about to happen."""
-        s, world, model = self.s, self.world, self.model
+    def announce(self, plan, loader):
+        """Says what is about to happen, and where the plan is poor."""
+        s, world, model, V = self.s, self.world, self.model, self.model.config.vocab_size
         self.tokens = loader.targets_before(self.start * plan.rows_per_step)
-        # The floor speaks of whole documents, and of all of them
-        whole = validation.documents and not validation.cut_documents and s.eval_tokens is None
-        self.floor = self.data.meta.get("entropy_floor") if whole else None
+        self.epochs = lambda step: step * plan.rows_per_step / loader.rows_per_epoch
+        own = PRESETS[s.preset].get("data_dir", Settings.data_dir) == s.data_dir
+        self.lines = self.data.meta.get("landmarks", {}) | (TARGETS.get(s.preset, {}) if own else {})
+        self.history = read_history(self.folder, before=self.start)
         if not world.main:
             return
         self.speed = matmul_speed(world.device, world.dtype)
-        epochs = s.max_steps * plan.rows_per_step / loader.rows_per_epoch
-        print(f"model: {model.num_parameters():,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide; "
-              f"{model.config.vocab_size:,} tokens, so expect a first loss near ln {model.config.vocab_size:,} = "
-              f"{math.log(model.config.vocab_size):.2f}")
-        print(f"machine: {world.size} x {world.device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s")
-        print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once; "
-              f"{s.max_steps:,} steps are {epochs:.1f} epochs of {s.data_dir}")
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+        self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
+        parameters, operations, in_epoch = model.num_parameters(), operations_per_token(model), loader.rows_per_epoch
+        epochs, tokens = self.epochs(s.max_steps), self.epochs(s.max_steps) * loader.targets_before(in_epoch)
+        parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
+                 for key, part in (("wte", "embeddings"), ("wpe", "positions"), ("attn", "attention"), ("mlp", "MLPs"),
+                                   ("ln", "norms"))]
+        print(f"model: {parameters:,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide")
+        print(f"       {', '.join(parts)}")
+        print(f"       {V:,} tokens, so expect a first loss near ln {V:,} = {math.log(V):.2f}")
+        print(f"machine: {self.machine}")
+        print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once")
+        print(f"plan: {s.max_steps:,} steps, {short(tokens / s.max_steps)} tokens each, {short(tokens)} in all: "
+              f"{epochs:.1f} epochs of {s.data_dir}, {tokens / parameters:.1f} tokens a parameter; "
+              f"{short(operations)} operations a token, {operations * tokens:.2g} in all")
+        for poor, why in (
+                (tokens < parameters, "under 1 token a parameter: so large a model learns little in so few steps"),
+                (tokens > 200 * parameters, "over 200 tokens a parameter: a larger model would learn more from them"),
+                # Muennighoff et al. 2023, section 6
+                (epochs > 40, f"{epochs:.0f} epochs: from some 40 on, reading a text again teaches nothing new"),
+                (s.warmup_steps >= s.max_steps, "the warm-up is as long as the run: learning_rate is never reached")):
+            if poor:
+                print(f"warning: {why}")
         if self.start:
             print(f"continuing {self.folder} from step {self.start:,} (--overwrite=True starts over)")
         else:
@@ -1659,8 +1963,12 @@ class Run:
     def finished(self):
         self.close()
         if self.world.main:
-            print(f"done in {time.perf_counter() - self.began:.0f} s, best validation loss {self.best:.4f}; "
-                  f"read what it writes: python sample.py --checkpoint={self.folder / 'best.pt'}")
+            facts = write_report(self, max(self.history))
+            print(f"done in {facts['time']}, best validation loss {self.best:.4f}")
+            for name in ("trained", "validation loss", "HellaSwag", "speed"):
+                print(f"{name}: {facts[name]}") if name in facts else None
+            print(f"see {self.folder / 'report.md'}, and read what it writes: "
+                  f"python sample.py --checkpoint={self.folder / 'best.pt'}")
         return 0
 
     def stopped(self, step):
@@ -1724,27 +2032,48 @@ class Run:
             state = self.checkpoint(step) | {"optimizer": optimizer}
             write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
 
-    def evaluated(self, step, loss, bits_per_byte):
-        """Takes note of a validation loss, and keeps the weights if it is the lowest."""
-        self.mark = None
-        self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(bits_per_byte)}
-        floor = ""
-        if self.floor:
-            floor = f", floor {self.floor:.4f}: {100 * (loss / self.floor - 1):.1f} % above the best possible"
-        self.say(f"step {step:,}: val {loss:.4f}{floor} ({bits_per_byte:.3f} bits per byte)")
+    def log(self):
+        """The rows of log.csv, {column: text}."""
+        return [dict(zip(LOG_COLUMNS, row, strict=True)) for row in read_log(self.folder)]
+
+    def note(self, step, **found):
+        """Keeps what an evaluation found, and brings picture and report up to date."""
+        if self.world.main and math.isfinite(found.get("loss", 0)):
+            self.history.setdefault(step, {"tokens": self.tokens}).update(found)
+            write_text(self.folder / "evaluations.json", json.dumps(self.history))
+            write_report(self, step)
+
+    def evaluated(self, step, found):
+        """Takes note of what evaluate() found, and keeps the weights if their loss is the lowest."""
+        self.mark, loss, self.evaluation_seconds = None, found["loss"], found.pop("seconds")
+        self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(found["bits_per_byte"])}
+        self.say(f"step {step:,}: val {in_words(found)}")
+        for name, value in self.lines.items():
+            if loss < value <= self.best:
+                self.say(f"step {step:,}: past the {name} line ({value:.4f})")
         if loss < self.best:
             self.best = loss
             if self.world.main:
                 write_atomically(self.folder / "best.pt", lambda file: torch.save(self.checkpoint(step), file))
         if step == self.s.max_steps or self.time_used >= 1:
             self.write_row(step, {})
+        self.note(step, **found)
 
     def show_sample(self, step):
-        self.mark = None
+        """Lets the model write, and asks it HellaSwag's questions where they are at hand."""
+        self.mark, text = None, ""
         if self.world.main:
             length = min(200, 2 * self.s.block_size)
-            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step))
-            self.say(f"step {step:,} writes: {text.strip()}")
+            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step)).strip()
+            self.say(f"step {step:,} writes: {text}")
+        scores = hellaswag_scores(self.model, self.world)
+        if scores:
+            self.say(f"step {step:,}: HellaSwag {in_words(scores)}")
+        self.note(step, sample=text, **({"hellaswag": scores} if scores else {}))
+
+    def utilisation(self, speed):
+        """Of a speed in tokens a second: how many per cent of this machine's arithmetic it is."""
+        return 100 * speed * operations_per_token(self.model) / (self.speed * self.world.size)
 
     def after_step(self, step, targets, loss_sum, lr, grad_norm):
         """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
@@ -1768,8 +2097,13 @@ class Run:
             return
         used = ""
         if speed:
-            share = speed * operations_per_token(self.model) / (self.speed * self.world.size)
-            used = f" | {speed:,.0f} tokens/s, {100 * share:.0f} % of matmul speed"
+            used = f" | {speed:,.0f} tokens/s, {self.utilisation(speed):.0f} % of matmul speed"
+            if self.to_estimate:
+                evaluations = s.max_steps // s.eval_every - step // s.eval_every
+                left = (s.max_steps - step) * targets / speed + evaluations * self.evaluation_seconds
+                left = min(left, 60 * s.max_minutes * (1 - self.time_used)) if s.max_minutes else left
+                self.say(f"about {duration(left)} left, evaluations included")
+                self.to_estimate = False
         if skipped := self.skipped_steps(step):
             used += f" | {skipped:,} steps skipped: gradients beyond float16"
         if self.bar:
