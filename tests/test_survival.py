@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ def processes():
         CONTEXT.set_forkserver_preload(["test_survival"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # saves half a second, and in float16 a minute
+        yield
     torch.set_num_threads(threads)
 
 
@@ -53,7 +56,7 @@ def act(argv, output, environment, patch):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    train_gpt2.matmul_speed = lambda *_: 1e9  # saves half a second
+    train_gpt2.matmul_speed = lambda *_: 1e9
     if patch:
         patch()
     sys.exit(train_gpt2.main(argv))
@@ -262,6 +265,15 @@ def test_a_file_system_without_locks(tiny_run, monkeypatch):
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("preset", train_gpt2.PRESETS)
+def test_a_preset_runs_on_any_number_of_processes(preset):
+    s, _ = train_gpt2.parse_settings(train_gpt2.Settings, [f"--preset={preset}"], "", train_gpt2.PRESETS)
+    train_gpt2.check_settings(s)
+    plans = [train_gpt2.plan_batch(s, types.SimpleNamespace(size=size)) for size in (1, 2, 4, 8)]
+    assert {plan.rows_per_step for plan in plans} == {s.total_batch_size // s.block_size}
+    assert all(plan.micro_rows <= s.batch_size for plan in plans)
+
+
 def stop_after_ten_steps():
     def stop(run, step):
         run.signal = signal.SIGTERM
@@ -323,7 +335,7 @@ def test_torchrun_ends_all_and_goes_on(tiny_run, tmp_path):
     for number in (signal.SIGKILL, signal.SIGTERM):
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         before = log_of(tmp_path / "run")[-1]["step"] if number == signal.SIGTERM else 0
-        while not (tmp_path / "run" / "ckpt.pt").exists() or int(log_of(tmp_path / "run")[-1]["step"]) < int(before):
+        while not (tmp_path / "run" / "ckpt.pt").exists() or int(log_of(tmp_path / "run")[-1]["step"]) <= int(before):
             time.sleep(0.1)
             assert run.poll() is None, run.communicate()
         began = time.monotonic()
@@ -333,7 +345,7 @@ def test_torchrun_ends_all_and_goes_on(tiny_run, tmp_path):
             time.sleep(1)
             run.send_signal(number)
         output, errors = run.communicate(timeout=60)
-        assert time.monotonic() - began < 30 and run.returncode
+        assert run.returncode and time.monotonic() - began < 30, (output, errors)
     assert "continuing" in output and "the same command goes on" in output
 
 
@@ -374,16 +386,16 @@ def fail_on_second():
 
 def test_float16_counts_the_steps_that_it_skips(tiny_run, tmp_path, capsys, monkeypatch):
     """A scale that is much too large overflows at first. Its state and the count survive a stop."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
-    argv = [*tiny_run, "--dtype=float16", "--max_steps=40"]
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**25))
+    argv = [*tiny_run, "--dtype=float16", "--max_steps=12", "--eval_tokens=200", "--sample_every=100"]
     train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
-    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 39/40")][0]
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 11/12")][0]
     state = train_gpt2.load_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
-    skipped = 40 - int(state["state"][0]["step"])
-    assert skipped > 2 and f"{skipped} steps skipped" in last
-    assert state["scaler"]["scale"] == 2.0**40 / 2**skipped
+    skipped = 12 - int(state["state"][0]["step"])
+    assert 2 < skipped < 12 and f"{skipped} steps skipped" in last
+    assert state["scaler"]["scale"] == 2.0**25 / 2**skipped
     with monkeypatch.context() as stopping:
-        stopping.setattr(train_gpt2.Run, "stop_requested", lambda self, step: step == 9)
+        stopping.setattr(train_gpt2.Run, "stop_requested", lambda self, step: step == 3)
         stopping.setattr(train_gpt2.Run, "signal", 15, raising=False)
         stopping.setattr(train_gpt2.Run, "stopped", lambda self, step: (self.save(step), self.close()))
         train_gpt2.main(argv)
@@ -406,8 +418,9 @@ def test_out_of_memory_names_what_to_halve_and_what_to_double(error, tiny_run, c
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
-    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them."""
-    steps = 3000 if FULL else 500
+    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them. In float32: for bfloat16 on a
+    CPU, oneDNN keeps a compiled kernel for each length of rows, up to some number of them."""
+    steps = 3000 if FULL else 400
     memory, files, after_step = [], [], train_gpt2.Run.after_step
 
     def measure(*args):
@@ -417,9 +430,9 @@ def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
         files.append(len(os.listdir("/proc/self/fd")))
     monkeypatch.setattr(train_gpt2.Run, "after_step", measure)
     train_gpt2.main([*tiny_run, f"--max_steps={steps}", "--eval_every=50", "--checkpoint_every=50",
-                     "--sample_every=100"])
+                     "--sample_every=100", "--dtype=float32"])
     quarter = (steps - 100) // 4
     first, last = memory[100:100 + quarter], memory[-quarter:]
     print("RssAnon (MB) every tenth of the run:", [memory[i] // 1024 for i in range(0, steps, steps // 10)])
-    assert statistics.median(last) - statistics.median(first) < 3000  # KB
+    assert statistics.median(last) - statistics.median(first) < 6000  # KB
     assert max(files[100:]) == min(files[100:])
