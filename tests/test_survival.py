@@ -230,6 +230,17 @@ def test_a_limit_on_file_size(size, name, tiny_run, tmp_path, capsys, monkeypatc
 
 
 @posix
+def test_torch_wraps_what_the_disk_says(tmp_path):
+    """A large tensor's failure comes as a RuntimeError of torch's; any other RuntimeError is a bug and stays one."""
+    tensor = torch.zeros(10**6)
+    with small_files(10**6), pytest.raises(train_gpt2.UserError, match="File too large"):
+        train_gpt2.write_atomically(tmp_path / "file", lambda file: torch.save(tensor, file))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_gpt2.write_atomically(tmp_path / "file", lambda file: exec('raise RuntimeError("a bug")'))
+    assert not list(tmp_path.iterdir())
+
+
+@posix
 def test_a_full_disk(tiny_run, tmp_path, capsys):
     """A real one, of 600 KB, where mounting is allowed: a checkpoint and its successor do not fit beside each other."""
     disk = tmp_path / "disk"
