@@ -944,7 +944,7 @@ def is_plain(tensor):
     """Is this floats with all their numbers in memory or in the file? A sparse, a repeated or a "meta" tensor can
     claim terabytes in a few bytes."""
     return (type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided
-            and tensor.is_floating_point() and tensor.is_contiguous()
+            and tensor.is_floating_point()
             and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
 
 

@@ -205,7 +205,7 @@ def small_files(size):
 
 
 @posix
-@pytest.mark.parametrize("size, name", [(300_000, "ckpt.pt"), (50_000, "best.pt"), (700, "log.csv")])
+@pytest.mark.parametrize("size, name", [(300_000, "ckpt.pt"), *[(50_000, "best.pt"), (700, "log.csv")][:2 * FULL]])
 def test_a_limit_on_file_size(size, name, tiny_run, tmp_path, capsys, monkeypatch):
     """The files of the moment before are whole, and when there is room the same command ends with the same bytes."""
     whole = tmp_path / "whole"
@@ -336,7 +336,7 @@ def test_other_numbers_of_processes(tiny_run, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, 1] if FULL else [0])
 def test_a_process_that_dies(victim, tiny_run, tmp_path):
     """The other one ends by itself, in one line, and the run goes on from its checkpoint."""
     argv = [*tiny_run, "--max_steps=100000"]
@@ -361,7 +361,7 @@ def stop_soon(steps):
     train_gpt2.Run.stop_requested = stop
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds torchrun's children in /proc")
+@pytest.mark.skipif(not FULL or not os.path.exists("/proc/self/stat"), reason="long; finds children in /proc")
 def test_torchrun_ends_all_and_goes_on(tiny_run, tmp_path):
     """With the launcher: one process is killed, and all are gone within 30 s; the same command goes on, and SIGTERM to
     the launcher lets all finish their step and save."""
