@@ -23,6 +23,7 @@ import http.client
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -188,91 +189,90 @@ def train_bpe(texts, vocab_size, progress=False):
     if not 257 <= vocab_size <= 65_536:
         raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
     counts = count_words(texts)  # few are distinct: each is taken apart once and counts as often as it occurs
-    words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in counts]  # each word's tokens so far
+    # A word is a string with a character for each of its tokens, at first its bytes: to merge is to replace two
+    # characters by one.
+    words = [word.encode("utf-8").decode("latin-1") for word in counts]
     frequency = list(counts.values())
+    tokens = [bytes([byte]) for byte in range(256)]  # what character number 0, 1, ... stands for
 
-    pairs = collections.Counter()  # (left, right) -> how often they stand side by side in the corpus
-    where = collections.defaultdict(set)  # (left, right) -> the words in which they may do
+    pairs = collections.Counter()  # two characters -> how often they stand side by side in the corpus
+    where = collections.defaultdict(list)  # two characters -> the words in which they may do
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in map(operator.add, word, word[1:]):
             pairs[pair] += frequency[i]
-            where[pair].add(i)
-    # A heap finds the greatest count at once. Counts change; rather than search the heap for the old entry we add a
-    # new one, and skip those that no longer tell the truth when they come up.
-    heap = [Candidate(count, pair) for pair, count in pairs.items()]
+            where[pair].append(i)
+    # A heap finds the greatest count at once. Counts fall when other merges take neighbours away; an entry that comes
+    # up with an old count goes back with the present one.
+    heap = [candidate(pair, pairs, tokens) for pair in pairs]
     heapq.heapify(heap)
 
     merges = []
     with tqdm(total=vocab_size - 257, desc="merges", disable=not progress) as bar:
         while heap and len(merges) < vocab_size - 257:
-            best = heapq.heappop(heap)
-            if best.count != pairs[best.pair]:
-                continue
-            merges.append(best.pair)
-            changed = merge_everywhere(best.pair, words, frequency, pairs, where)
-            for pair in changed:
+            count, *_, pair = heapq.heappop(heap)
+            if -count != pairs[pair]:
                 if pairs[pair] > 0:
-                    heapq.heappush(heap, Candidate(pairs[pair], pair))
-                else:
-                    pairs.pop(pair), where.pop(pair, None)
+                    heapq.heappush(heap, candidate(pair, pairs, tokens))
+                continue
+            left, right = (tokens[ord(character)] for character in pair)
+            merges.append((left, right))
+            gained = merge_everywhere(pair, chr(len(tokens)), words, frequency, pairs, where)
+            tokens.append(left + right)
+            for new in gained:
+                heapq.heappush(heap, candidate(new, pairs, tokens))
             bar.update()
-            bar.set_postfix_str(repr(b"".join(best.pair)), refresh=False)
+            bar.set_postfix_str(repr(left + right), refresh=False)
     return merges
 
 
 def count_words(texts):
-    """{word: how often it occurs}: words are what GPT-2's pattern finds. It always cuts before a lone space, so a fast
-    pattern does so first, and the slow one sees each distinct piece once."""
+    """{word: how often it occurs}: words are what GPT-2's pattern finds. A fast pattern that knows only white space
+    cuts first, and the slow one sees each distinct piece once."""
     pieces, words = collections.Counter(), collections.Counter()
+    # `re` takes four control characters for white space that Unicode, and so GPT-2's pattern, does not
+    space, other = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
+    cut = re.compile(f" ?{other}+|{space}+(?!{other})|{space}+")
     for text in texts:
-        pieces.update(re.split(r"(?<=\S)(?= \S)", text))
+        pieces.update(cut.findall(text))
     split = regex.compile(SPLIT_PATTERN)
     for piece, count in pieces.items():
-        for word in split.findall(piece):
+        for word in split.findall(piece) if not piece.isspace() else [piece]:
             words[word] += count
     return words
 
 
-class Candidate(tuple):
-    """(count, pair) in a heap: greater counts come first, and of equal ones the greater pair."""
-
-    def __new__(cls, count, pair):
-        return super().__new__(cls, (count, pair))
-
-    count = property(lambda self: self[0])
-    pair = property(lambda self: self[1])
-
-    def __lt__(self, other):
-        return tuple.__gt__(self, other)
+def candidate(pair, pairs, tokens):
+    """A pair's entry in the heap, whose smallest comes first: the count is negated, and the bytes are turned upside
+    down, so that among equal counts the greater pair comes first."""
+    upside_down = ("".join(chr(255 - byte) for byte in tokens[ord(token)]) + chr(256) for token in pair)
+    return -pairs[pair], *upside_down, pair
 
 
-def merge_everywhere(pair, words, frequency, pairs, where):
+def merge_everywhere(pair, merged, words, frequency, pairs, where):
     """Merges a pair in all words that hold it, and updates the counts of the pairs around: of those alone, which is
-    what makes this fast. Returns the pairs whose count changed."""
-    left, right = pair
-    merged = left + right
-    changed = set()
+    what makes this fast. Returns the pairs that came to be."""
+    first, second = pair
+    gained = collections.Counter()
     for i in where.pop(pair):
-        old, new, j = words[i], [], 0
-        while j < len(old):
-            if old[j] == left and j + 1 < len(old) and old[j + 1] == right:
-                new.append(merged)
-                j += 2
-            else:
-                new.append(old[j])
-                j += 1
-        if len(new) == len(old):
-            continue  # an earlier merge took the pair apart
-        words[i] = new
-        before, after = list(zip(old, old[1:], strict=False)), list(zip(new, new[1:], strict=False))
-        for neighbours in before:
-            pairs[neighbours] -= frequency[i]
-        for neighbours in after:
-            pairs[neighbours] += frequency[i]
-            where[neighbours].add(i)
-        changed.update(before)
-        changed.update(after)
-    return changed
+        parts = words[i].split(pair)  # what stands between its occurrences
+        words[i] = merged.join(parts)
+        for left, right in itertools.pairwise(parts):  # around one occurrence
+            if left:
+                pairs[left[-1] + first] -= frequency[i]
+                gained[left[-1] + merged] += frequency[i]
+                where[left[-1] + merged].append(i)
+            if right:
+                pairs[second + right[0]] -= frequency[i]
+                gained[merged + right[0]] += frequency[i]
+                where[merged + right[0]].append(i)
+        for between in parts[1:-1]:
+            if not between:  # two occurrences side by side
+                pairs[second + first] -= frequency[i]
+                gained[merged + merged] += frequency[i]
+                where[merged + merged].append(i)
+    pairs.update(gained)
+    del pairs[pair]
+    return gained
 
 
 def bpe_spec(merges):
@@ -327,41 +327,60 @@ class TextFiles:
 
 
 class Rows:
-    """A column of a data set that the `datasets` library streams: the documents from number `first` up to `last`."""
+    """A column of text in tables: the documents from number `first` up to `last`. `tables(column, row, state)` yields
+    (state, table) one after another, from that row on; the state is what it needs to go on there, or None."""
 
-    def __init__(self, open_rows, column, first=0, last=None):
-        self.open_rows, self.column, self.first, self.last = open_rows, column, first, last
+    def __init__(self, tables, column, first=0, last=None):
+        self.tables, self.column, self.first, self.last = tables, column, first, last
 
     def batches(self, position):
         row, state = position or (0, None)
-        with hub_mistakes():
-            rows = self.open_rows().with_format("arrow")
-            self.check(rows.features)
-            if state:
-                rows.load_state_dict(state)
-            # Arrow tables, because a dict for each row would take longer than its tokens.
-            with contextlib.closing(rows.iter(batch_size=256)) as tables:
-                while self.last is None or row < self.last:
-                    state = rows.state_dict()  # what `datasets` needs to go on from here
-                    if (table := next(tables, None)) is None:
-                        return
-                    if row + len(table) > self.first:
-                        texts = table[self.column][max(0, self.first - row):self.last and self.last - row]
-                        yield (row, state), [(text, True) for text in texts.to_pylist() if text]
-                    row += len(table)
-
-    def check(self, features):
-        """Raises UserError where there is no such column, or where it is not text."""
-        if features and self.column not in features:
-            raise UserError(f"there is no column {self.column!r}: choose one with --text_column, from "
-                            + ", ".join(features))
-        column = features and features[self.column]
-        if column and getattr(column, "dtype", "") not in ("string", "large_string", "null"):
-            raise UserError(f"the column {self.column!r} does not hold text, but {column}: choose another "
-                            "--text_column")
+        with hub_mistakes(), contextlib.closing(self.tables(self.column, row, state)) as tables:
+            for state, table in tables:
+                if self.last is not None and row >= self.last:
+                    return
+                if row + len(table) > self.first:
+                    texts = table[self.column][max(0, self.first - row):self.last and self.last - row]
+                    yield (row, state), [(text, True) for text in texts.to_pylist() if text]
+                row += len(table)
 
     def done(self, position):
         return (position[0] - self.first) / (self.last - self.first) if self.last else 0
+
+
+def check_column(features, column):
+    """Raises UserError where there is no such column, or where it is not text."""
+    if features and column not in features:
+        raise UserError(f"there is no column {column!r}: choose one with --text_column, from {', '.join(features)}")
+    kind = features and features[column]
+    if kind and getattr(kind, "dtype", "") not in ("string", "large_string", "null"):
+        raise UserError(f"the column {column!r} does not hold text, but {kind}: choose another --text_column")
+
+
+def streamed_tables(open_rows, column, row, state):
+    """Tables as the `datasets` library streams them: Arrow's, for a dict a row would take longer than its tokens."""
+    rows = open_rows().with_format("arrow")
+    check_column(rows.features, column)
+    if state:
+        rows.load_state_dict(state)
+    with contextlib.closing(rows.iter(batch_size=256)) as tables:
+        while True:
+            state = rows.state_dict()
+            if (table := next(tables, None)) is None:
+                return
+            yield state, table
+
+
+def parquet_tables(paths, column, row, state):
+    """The tables of local .parquet files, read a megabyte at a time: `datasets` would read a gigabyte ahead."""
+    import datasets
+    from pyarrow.parquet import ParquetFile
+    for path in paths:
+        with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
+            check_column(datasets.Features.from_arrow_schema(file.schema_arrow), column)
+            for table in file.iter_batches(256, columns=[column]):
+                yield None, table.slice(min(row, len(table)))
+                row = max(0, row - len(table))
 
 
 def read_pieces(path, begin=0, end=None):
@@ -471,8 +490,8 @@ def open_source(s, paths):
     found = {"train": "train" if "train" in splits else splits[0], "val": "validation"}
     if "validation" not in splits:
         found = {"both": found["train"]}
-    return {split: Rows(functools.partial(open_hub, repository, config, theirs), s.text_column)
-            for split, theirs in found.items()}
+    return {split: Rows(functools.partial(streamed_tables, functools.partial(open_hub, repository, config, theirs)),
+                        s.text_column) for split, theirs in found.items()}
 
 
 def checksum(path):
@@ -520,23 +539,28 @@ def text_files(paths, s):
 
 
 def local_rows(paths, s):
-    """The parts of .jsonl or .parquet files, which are read through once to count their documents."""
+    """The parts of .jsonl or .parquet files; .jsonl is read through once to count its documents."""
     paths = [path for path in paths if os.path.getsize(path)]
     if not paths:
         raise UserError(f"{s.dataset} is empty")
 
-    def open_rows():
-        return quiet_datasets().load_dataset(file_kind(paths[0]), split="train", streaming=True,
+    def open_json():
+        return quiet_datasets().load_dataset("json", split="train", streaming=True,
                                              data_files={"train": [os.path.abspath(path) for path in paths]})
     with hub_mistakes():
-        count = sum(map(len, open_rows().with_format("arrow").iter(batch_size=256)))
-    whole = Rows(open_rows, s.text_column, 0, count)
+        if file_kind(paths[0]) == "json":
+            tables = functools.partial(streamed_tables, open_json)
+            count = sum(map(len, open_json().with_format("arrow").iter(batch_size=256)))
+        else:
+            from pyarrow.parquet import read_metadata
+            tables, count = functools.partial(parquet_tables, paths), sum(read_metadata(p).num_rows for p in paths)
+    whole = Rows(tables, s.text_column, 0, count)
     if not any(pieces for _, pieces in whole.batches(None)):  # a wrong column shows here
         raise UserError(f"{s.dataset} is empty")
     if count == 1:
         return split_texts([text for _, pieces in whole.batches(None) for text, _ in pieces], s)
     cut = count - for_validation(count, s.val_fraction)
-    return {"train": Rows(open_rows, s.text_column, 0, cut), "val": Rows(open_rows, s.text_column, cut, count)}
+    return {"train": Rows(tables, s.text_column, 0, cut), "val": Rows(tables, s.text_column, cut, count)}
 
 
 # ---- The tokenizer ---------------------------------------------------------------------------------------------------
@@ -635,40 +659,50 @@ class Job:
     def save_progress(self):
         write_text(self.folder / PROGRESS, json.dumps(self.progress))
 
-    def save_shard(self, split, arrays, **where):
+    def save_shard(self, split, pieces, **where):
         """Writes the next shard of a split and then, so that a kill in between does no harm, where to go on."""
         at = self.progress["splits"][split]
         number = at["shards"] + (split == "train")  # as llm.c counts: the first shard, 0, is the validation split
-        write_shard(self.folder / f"{self.name}_{split}_{number:06d}.bin", np.concatenate(arrays))
+        write_shard(self.folder / f"{self.name}_{split}_{number:06d}.bin", (piece for piece in pieces))
         at.update(shards=at["shards"] + 1, **where)
         self.save_progress()
 
 
 def write_split(job, split, part, batches):
-    """Encodes a part and writes its shards, from where job.progress says."""
+    """Encodes a part and writes its shards, from where job.progress says. A shard goes to the disk as it comes, so that
+    memory does not grow with it."""
     s, at = job.s, job.progress["splits"][split]
     end = [] if job.tokenizer.eot is None else [job.tokenizer.eot]
     limit = (s.max_tokens if split == "train" and s.max_tokens else sys.maxsize) - len(end)
-    shard, length, skip, tokens = [], 0, at["skip"], at["shards"] * s.shard_tokens
-    with tqdm(desc=split, unit=" tokens", unit_scale=True, initial=tokens, disable=None) as bar:
-        for position, ids, starts in encoded(batches, job.tokenizer):
-            used, skip = min(skip, len(ids)), max(0, skip - len(ids))
-            while used < len(ids) and tokens < limit:
-                taken = ids[used:used + min(s.shard_tokens - length, limit - tokens)]
-                at["documents"] += int(((starts >= used) & (starts < used + len(taken))).sum())
-                shard.append(taken)
-                used, length, tokens = used + len(taken), length + len(taken), tokens + len(taken)
-                bar.update(len(taken))
-                if length == s.shard_tokens:
-                    job.save_shard(split, shard, position=position, skip=used)
-                    shard, length = [], 0
+    source, used, tokens = encoded(batches, job.tokenizer), at["skip"], at["shards"] * s.shard_tokens
+    batch = next(source, None)
+
+    def next_shard():
+        """The ids of a shard, piece by piece; `at` follows, and says in the end where the shard after it begins."""
+        nonlocal batch, used, tokens
+        room = min(s.shard_tokens, limit - tokens)
+        while batch:
+            position, ids, starts = batch
+            if used >= len(ids):
+                batch, used = next(source, None), used - len(ids)
+                continue
+            if not room:
+                break
+            piece = ids[used:used + room]
+            yield piece
+            at["documents"] += int(((starts >= used) & (starts < used + len(piece))).sum())
+            used, room, tokens = used + len(piece), room - len(piece), tokens + len(piece)
+            at.update(position=position, skip=used)
             share = part.done(position)
             bar.total = min(limit, int(tokens / share)) if share else limit if limit < sys.maxsize - 1 else None
-            if tokens >= limit:
-                break
-    if length or end:
-        job.save_shard(split, [*shard, np.array(end, np.uint16)], finished=True)
-    at["finished"] = True
+            bar.update(len(piece))
+        at["finished"] = batch is None or tokens >= limit
+        if at["finished"]:
+            yield np.array(end, np.uint16)
+
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, initial=tokens, disable=None) as bar:
+        while not at["finished"]:
+            job.save_shard(split, next_shard())
 
 
 def write_both_splits(job, batches):
@@ -685,8 +719,8 @@ def write_both_splits(job, batches):
             cut = int(beyond[0])
             splits["train"] = new_split(job.tokenizer, position=position, skip=first + cut)
             documents = len(starts) + int((begins < cut).sum())
-            ids = np.concatenate([*ids, batch[:cut]])[first:]
-            job.save_shard("val", [ids, end], documents=documents, finished=True)
+            pieces = [*ids, batch[:cut], end]
+            job.save_shard("val", [pieces[0][first:], *pieces[1:]], documents=documents, finished=True)
             return
         ids.append(batch)
         starts += (length + begins).tolist()
@@ -704,7 +738,7 @@ def write_both_splits(job, batches):
 # ---- What was made ---------------------------------------------------------------------------------------------------
 
 
-def chunks(shards, size=10_000_000):
+def chunks(shards, size=1_000_000):
     """The tokens of successive shards, (n,) int64 at a time, each beginning with the last one of those before."""
     last = np.zeros(0, np.int64)
     for shard in shards:
@@ -897,6 +931,8 @@ def prepare(s):
         return print(f"{folder} is complete already; to prepare it anew, remove it") or 0
     parts = open_source(s, paths)
     make_folder(folder)
+    for path in folder.glob(".*.tmp"):  # left by a run that was killed while writing
+        path.unlink()
     job, splits, seen = Job(s, name, folder, progress), progress["splits"], {}
     if progress["tokenizer"]:
         job.tokenizer = Tokenizer(progress["tokenizer"])

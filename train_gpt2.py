@@ -771,11 +771,17 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # llm.c's numbers: 256 int32 of header
 
 
 def write_shard(path, tokens):
-    """Writes a list or array of token ids, each below 65,536, as one shard, atomically."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_atomically(path, lambda file: (file.write(header.tobytes()),
-                                         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)))
+    """Writes token ids, each below 65,536, as one shard, atomically: a list or an array of them, or a generator of
+    arrays, which are written one behind the other and need not fit into memory together."""
+    def write(file):
+        header = np.zeros(256, "<i4")
+        file.write(header.tobytes())  # keeps the place until the number of tokens is known
+        for piece in tokens if inspect.isgenerator(tokens) else [tokens]:
+            file.write(np.ascontiguousarray(piece, dtype="<u2").data)
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, (file.tell() - header.nbytes) // 2
+        file.seek(0)
+        file.write(header.tobytes())
+    write_atomically(path, write)
 
 
 def read_shard(path):
@@ -878,10 +884,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it in a RuntimeError
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps a full disk's error
         if not isinstance(reason, OSError):
             raise
         raise cannot_write(path, reason) from None

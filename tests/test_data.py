@@ -131,7 +131,7 @@ def test_cut_off_at_every_write(kind, tmp_path, monkeypatch):
 
         def unknown_length(s, paths):
             rows = open_source(s, paths)["train"]
-            return {"both": prepare_data.Rows(rows.open_rows, rows.column)}
+            return {"both": prepare_data.Rows(rows.tables, rows.column)}
         monkeypatch.setattr(prepare_data, "open_source", unknown_length)
     argv = [str(dataset), "--text_column=story", "--shard_tokens=1800", "--vocab_size=280"]
     assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, GPTConfig, Settings, attend, make_optimizer
+from train_gpt2 import GPT, PRESETS, GPTConfig, Settings, ShardedLoader, attend, make_optimizer, open_data
 
 SMALL = dict(vocab_size=97, block_size=24, n_layer=2, n_head=3, n_embd=48)
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
@@ -87,6 +87,37 @@ def test_adamw_step_is_torchs():
         first_principles.adamw_step(params, grads, state, 1e-2, settings.beta1, settings.beta2, 1e-8, 0.1)
     for name, parameter in model.named_parameters():
         assert np.abs(parameter.detach().numpy() - params[name]).max() < 1e-6, name
+
+
+def test_numpy_trains_on_the_stories_as_torch_does(stories):
+    """Twenty steps of the real loop's pieces, warm-up and clipping included: every loss and gradient agrees."""
+    data = open_data(stories)
+    settings = Settings(warmup_steps=5, max_steps=20, learning_rate=3e-3, weight_decay=0.1, grad_clip=0.5)
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(data.vocab_size, block_size=112, n_layer=2, n_head=2, n_embd=32))
+    optimizer = make_optimizer(model, settings, torch.device("cpu"))
+    loader = ShardedLoader(stories, "train", 112, "documents", 1, data.vocab_size, data.eot)
+    params, state, losses = arrays(model, np.float64), {}, []
+    for step in range(20):
+        idx, targets = loader.batch(range(8 * step, 8 * step + 8))
+        lr = train_gpt2.learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss = model(idx, targets)[1]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        logits, cache = first_principles.forward(params, idx.numpy(), n_head=2)
+        expected, dlogits = first_principles.cross_entropy(logits, targets.numpy())
+        grads = first_principles.backward(params, cache, dlogits)
+        assert abs(first_principles.clip(grads, settings.grad_clip) - norm.item()) < 1e-5
+        assert abs(loss.item() - expected) < 1e-5
+        for name, parameter in model.named_parameters():
+            assert np.abs(parameter.grad.numpy() - grads[name]).max() < 1e-5, (step, name)
+        optimizer.step()
+        first_principles.adamw_step(params, grads, state, lr, settings.beta1, settings.beta2, 1e-8, 0.1)
+        losses.append(expected)
+    assert losses[-1] < losses[0] - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
