@@ -846,7 +846,7 @@ def write_atomically(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what went wrong
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps a full disk's error
         if not isinstance(reason, OSError):
             raise
         raise cannot_write(path, reason) from None
@@ -909,7 +909,7 @@ def is_plain(tensor):
     """Is this floats with all their numbers in memory or in the file? A sparse, a repeated or a "meta" tensor can
     claim terabytes in a few bytes."""
     return (type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided
-            and tensor.is_floating_point() and tensor.is_contiguous()
+            and tensor.is_floating_point()
             and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
 
 
@@ -1805,27 +1805,25 @@ def choose_folder(s):
     base = Path(s.out_dir or f"out/{s.preset}")
     for number in range(1, 10_000):
         folder = base if number == 1 else base.parent / f"{base.name or 'run'}-{number}"
-        done = False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+        with contextlib.ExitStack() as unless_taken:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+                if names - RUN_FILES and not names & {"ckpt.pt", "best.pt"} and not s.overwrite:
+                    continue  # somebody keeps other things here
+                lock_file = unless_taken.enter_context(lock(folder) or contextlib.nullcontext())
+            except OSError as error:
+                raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
             # Killed before its first checkpoint, a run has only a best.pt, which tells whose the folder is
-            saved = [] if s.overwrite else [folder / name for name in ("ckpt.pt", "best.pt") if name in names]
-            if saved:
-                found = load_checkpoint(saved[0], look=True)
-                if not same_run(found["settings"], dataclasses.asdict(s)):
-                    continue
-                done = is_done(folder, found["step"])
-            elif not s.overwrite and names - RUN_FILES:
-                continue  # somebody keeps other things here
-            lock_file = lock(folder)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
-        if lock_file is None:
-            raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
-        if not done:
-            return folder, saved[0] if saved and saved[0].name == "ckpt.pt" else None, lock_file
-        lock_file.close()
+            saved = [path for path in (folder / "ckpt.pt", folder / "best.pt") if path.exists() and not s.overwrite]
+            found = load_checkpoint(saved[0], look=True) if saved else None
+            if found and not same_run(found["settings"], dataclasses.asdict(s)):
+                continue
+            if lock_file is None:
+                raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose another --out_dir")
+            if not found or not is_done(folder, found["step"]):
+                unless_taken.pop_all()
+                return folder, saved[0] if saved and saved[0].name == "ckpt.pt" else None, lock_file
     raise UserError(f"{base} has {number:,} runs beside it: choose another --out_dir")
 
 

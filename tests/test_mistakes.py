@@ -465,6 +465,13 @@ def test_a_run_whose_loss_is_not_finite(small_run, tmp_path, capsys):
     assert "step" in line and "lower --learning_rate" in line
 
 
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(trained, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt2.MLP, "forward", lambda self, x: x * float("nan"))
+    before = CKPT.read_bytes()
+    line = fails(train_gpt2.main, RUN, capsys)
+    assert "step 3 has loss nan" in line and "at learning rate" in line and CKPT.read_bytes() == before
+
+
 def test_help_names_every_setting(capsys):
     for main, cls in ((train_gpt2.main, train_gpt2.Settings), (prepare_data.main, prepare_data.Settings),
                       (sample.main, sample.Settings)):

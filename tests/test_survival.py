@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ def processes():
         CONTEXT.set_forkserver_preload(["test_survival"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # saves half a second, and in float16 a minute
+        yield
     torch.set_num_threads(threads)
 
 
@@ -53,7 +57,7 @@ def act(argv, output, environment, patch):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    train_gpt2.matmul_speed = lambda *_: 1e9  # saves half a second
+    train_gpt2.matmul_speed = lambda *_: 1e9
     if patch:
         patch()
     sys.exit(train_gpt2.main(argv))
@@ -201,7 +205,7 @@ def small_files(size):
 
 
 @posix
-@pytest.mark.parametrize("size, name", [(300_000, "ckpt.pt"), (50_000, "best.pt"), (700, "log.csv")])
+@pytest.mark.parametrize("size, name", [(300_000, "ckpt.pt"), *[(50_000, "best.pt"), (700, "log.csv")][:2 * FULL]])
 def test_a_limit_on_file_size(size, name, tiny_run, tmp_path, capsys, monkeypatch):
     """The files of the moment before are whole, and when there is room the same command ends with the same bytes."""
     whole = tmp_path / "whole"
@@ -223,6 +227,17 @@ def test_a_limit_on_file_size(size, name, tiny_run, tmp_path, capsys, monkeypatc
     train_gpt2.load_checkpoint(tmp_path / "run" / "best.pt")
     assert train_gpt2.main(tiny_run) == 0
     compare(whole, tmp_path / "run")
+
+
+@posix
+def test_torch_wraps_what_the_disk_says(tmp_path):
+    """A large tensor's failure comes as a RuntimeError of torch's; any other RuntimeError is a bug and stays one."""
+    tensor = torch.zeros(10**6)
+    with small_files(10**6), pytest.raises(train_gpt2.UserError, match="File too large"):
+        train_gpt2.write_atomically(tmp_path / "file", lambda file: torch.save(tensor, file))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_gpt2.write_atomically(tmp_path / "file", lambda file: exec('raise RuntimeError("a bug")'))
+    assert not list(tmp_path.iterdir())
 
 
 @posix
@@ -259,7 +274,40 @@ def test_a_file_system_without_locks(tiny_run, monkeypatch):
     assert train_gpt2.main([*tiny_run, "--max_steps=2"]) == 0
 
 
+def test_a_lock_on_windows(tmp_path, monkeypatch):
+    """Its other module and its other error, as far as they can be played here."""
+    held = set()
+
+    def locking(number, mode, count):
+        if mode != "at once" or held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        held.add(number)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK="at once"))
+    monkeypatch.setattr(train_gpt2, "os", types.SimpleNamespace(name="nt"))
+    with train_gpt2.lock(tmp_path):
+        assert train_gpt2.lock(tmp_path) is None
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "prepare_data.py", "sample.py"])
+def test_scripts_are_portable(script):
+    """Text states its encoding, for Windows has another default; what only POSIX has is asked for in one place."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for call in re.findall(r"(?:\bopen|\.read_text)\(.*\)", source):
+        assert re.search(r'encoding="utf-8"|"[rwa]b"', call), call
+    assert not re.search(r"os\.fork|SIGKILL|SIGHUP|os\.getuid|import (pwd|resource)|/tmp|/dev/", source)
+    assert source.count("import fcntl") == (script == "train_gpt2.py")
+
+
 # ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", train_gpt2.PRESETS)
+def test_a_preset_runs_on_any_number_of_processes(preset):
+    s, _ = train_gpt2.parse_settings(train_gpt2.Settings, [f"--preset={preset}"], "", train_gpt2.PRESETS)
+    train_gpt2.check_settings(s)
+    plans = [train_gpt2.plan_batch(s, types.SimpleNamespace(size=size)) for size in (1, 2, 4, 8)]
+    assert {plan.rows_per_step for plan in plans} == {s.total_batch_size // s.block_size}
+    assert all(plan.micro_rows <= s.batch_size for plan in plans)
 
 
 def stop_after_ten_steps():
@@ -288,7 +336,7 @@ def test_other_numbers_of_processes(tiny_run, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, 1] if FULL else [0])
 def test_a_process_that_dies(victim, tiny_run, tmp_path):
     """The other one ends by itself, in one line, and the run goes on from its checkpoint."""
     argv = [*tiny_run, "--max_steps=100000"]
@@ -313,17 +361,17 @@ def stop_soon(steps):
     train_gpt2.Run.stop_requested = stop
 
 
-@posix
+@pytest.mark.skipif(not FULL or not os.path.exists("/proc/self/stat"), reason="long; finds children in /proc")
 def test_torchrun_ends_all_and_goes_on(tiny_run, tmp_path):
-    """With the launcher: a process killed, all gone within 30 s; SIGTERM to the launcher, all saved; then to the end.
-    A mistake that only the second process meets is told too."""
+    """With the launcher: one process is killed, and all are gone within 30 s; the same command goes on, and SIGTERM to
+    the launcher lets all finish their step and save."""
     argv = [*tiny_run, "--max_steps=100000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                ROOT / "train_gpt2.py", *argv]
     for number in (signal.SIGKILL, signal.SIGTERM):
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         before = log_of(tmp_path / "run")[-1]["step"] if number == signal.SIGTERM else 0
-        while not (tmp_path / "run" / "ckpt.pt").exists() or int(log_of(tmp_path / "run")[-1]["step"]) < int(before):
+        while not (tmp_path / "run" / "ckpt.pt").exists() or int(log_of(tmp_path / "run")[-1]["step"]) <= int(before):
             time.sleep(0.1)
             assert run.poll() is None, run.communicate()
         began = time.monotonic()
@@ -333,7 +381,7 @@ def test_torchrun_ends_all_and_goes_on(tiny_run, tmp_path):
             time.sleep(1)
             run.send_signal(number)
         output, errors = run.communicate(timeout=60)
-        assert time.monotonic() - began < 30 and run.returncode
+        assert run.returncode and time.monotonic() - began < 30, (output, errors)
     assert "continuing" in output and "the same command goes on" in output
 
 
@@ -350,13 +398,12 @@ def worker_of(launcher, rank):
     raise AssertionError("no such process")
 
 
-def test_a_mistake_that_one_process_meets(tiny_run, tmp_path, monkeypatch):
-    """Half of the tokens are beyond the vocabulary; the first process may never see one."""
-    run = together(2, tiny_run, tmp_path, fail_on_second)
-    results = [r.process for r in run]
-    results[1].join(60)
-    assert results[1].exitcode == 2 and "error: only here" in run[1].output.read_text()
-    results[0].kill()
+def test_a_mistake_that_one_process_meets(tiny_run, tmp_path):
+    """The first process says what all meet; what only another one meets, that one says."""
+    first, second = together(2, tiny_run, tmp_path, fail_on_second)
+    status, output = second.wait(60)
+    assert status == 2 and "error: only here" in output
+    assert first.wait(30)[0] == 1
 
 
 def fail_on_second():
@@ -374,16 +421,16 @@ def fail_on_second():
 
 def test_float16_counts_the_steps_that_it_skips(tiny_run, tmp_path, capsys, monkeypatch):
     """A scale that is much too large overflows at first. Its state and the count survive a stop."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
-    argv = [*tiny_run, "--dtype=float16", "--max_steps=40"]
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**25))
+    argv = [*tiny_run, "--dtype=float16", "--max_steps=12", "--eval_tokens=200", "--sample_every=100"]
     train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
-    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 39/40")][0]
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 11/12")][0]
     state = train_gpt2.load_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
-    skipped = 40 - int(state["state"][0]["step"])
-    assert skipped > 2 and f"{skipped} steps skipped" in last
-    assert state["scaler"]["scale"] == 2.0**40 / 2**skipped
+    skipped = 12 - int(state["state"][0]["step"])
+    assert 2 < skipped < 12 and f"{skipped} steps skipped" in last
+    assert state["scaler"]["scale"] == 2.0**25 / 2**skipped
     with monkeypatch.context() as stopping:
-        stopping.setattr(train_gpt2.Run, "stop_requested", lambda self, step: step == 9)
+        stopping.setattr(train_gpt2.Run, "stop_requested", lambda self, step: step == 3)
         stopping.setattr(train_gpt2.Run, "signal", 15, raising=False)
         stopping.setattr(train_gpt2.Run, "stopped", lambda self, step: (self.save(step), self.close()))
         train_gpt2.main(argv)
@@ -406,8 +453,9 @@ def test_out_of_memory_names_what_to_halve_and_what_to_double(error, tiny_run, c
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
-    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them."""
-    steps = 3000 if FULL else 500
+    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them. In float32: for bfloat16 on a
+    CPU, oneDNN keeps a compiled kernel for each length of rows, up to some number of them."""
+    steps = 3000 if FULL else 400
     memory, files, after_step = [], [], train_gpt2.Run.after_step
 
     def measure(*args):
@@ -417,9 +465,9 @@ def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
         files.append(len(os.listdir("/proc/self/fd")))
     monkeypatch.setattr(train_gpt2.Run, "after_step", measure)
     train_gpt2.main([*tiny_run, f"--max_steps={steps}", "--eval_every=50", "--checkpoint_every=50",
-                     "--sample_every=100"])
+                     "--sample_every=100", "--dtype=float32"])
     quarter = (steps - 100) // 4
     first, last = memory[100:100 + quarter], memory[-quarter:]
     print("RssAnon (MB) every tenth of the run:", [memory[i] // 1024 for i in range(0, steps, steps // 10)])
-    assert statistics.median(last) - statistics.median(first) < 3000  # KB
+    assert statistics.median(last) - statistics.median(first) < 6000  # KB
     assert max(files[100:]) == min(files[100:])
