@@ -11,6 +11,7 @@
 """
 import codecs
 import contextlib
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -60,13 +61,13 @@ def newest_checkpoint():
 
 def check_settings(s):
     """Raises UserError for a value out of range."""
-    for name, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=1, seed=0).items():
+    ranges = dict(num_samples=(1, 10_000), max_new_tokens=(1, 10**9), temperature=(0, 1e6), top_k=(1, 2**24),
+                  seed=(0, 2**63 - 1))
+    for name, (least, most) in ranges.items():
         value = getattr(s, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}: it must be at least {least}")
-    for name, most in dict(num_samples=10_000, seed=2**63 - 1).items():
-        if getattr(s, name) is not None and getattr(s, name) > most:
-            raise UserError(f"{name} is {getattr(s, name)}: it must be at most {most}")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value}: it must be " + (f"at least {least}" if value < least else
+                                                                 f"at most {most}"))
     if s.top_p is not None and not 0 < s.top_p <= 1:
         raise UserError(f"top_p is {s.top_p}: it must be above 0 and at most 1")
     if s.checkpoint and s.init_from:
@@ -130,14 +131,14 @@ class Explainer:
         cell = f"{self.show(token):<18}"
         if self.colour:  # green, yellow, red: expected, possible, a surprise
             cell = f"\033[{32 if chance > 0.5 else 33 if chance > 0.1 else 31}m{cell}\033[0m"
-        print(f"{cell}{chance:>8.1%}{rank:>7,}{entropy / 0.6931471805599453:>9.2f}   {others}", flush=True)
+        print(f"{cell}{chance:>8.1%}{rank:>7,}{entropy / math.log(2):>9.2f}   {others}", flush=True)
         self.nats -= logs[token].item()
         self.ended = token == self.tokenizer.eot
         self.bytes += 0 if self.ended else len(self.tokenizer.decode_bytes([token]))
 
     def end(self):
         if self.bytes:
-            print(f"{self.nats / 0.6931471805599453 / self.bytes:.3f} bits per byte: what this text of {self.bytes:,} "
+            print(f"{self.nats / math.log(2) / self.bytes:.3f} bits per byte: what this text of {self.bytes:,} "
                   "bytes costs under the model that wrote it; entropy is in bits a token")
 
 
@@ -204,9 +205,8 @@ def main(argv=None):
     if model.tokenizer is None:
         raise UserError(f"{where} has no tokenizer that can be read here: generate from token ids in Python instead")
     model = model.to(device, pick_dtype(s.dtype, device))
-    prompt = read_prompt(s.prompt)
     try:
-        converse(model, s) if s.interactive else write_texts(model, s, prompt)
+        converse(model, s) if s.interactive else write_texts(model, s, read_prompt(s.prompt))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our text, such as `head`, has had enough

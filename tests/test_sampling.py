@@ -47,9 +47,15 @@ def test_the_cache_changes_nothing(shape, prompt, batch):
     assert torch.equal(fast, text)
 
 
-def test_samples_of_one_prompt_read_it_once():
+def test_samples_of_one_prompt_read_it_once(monkeypatch):
     model, seen = strong_model(**SHAPES[0]), []
-    model.transformer.wte.register_forward_hook(lambda module, given, output: seen.append(tuple(given[0].shape)))
+    extend, first = train_gpt2.KVCache.extend, model.transformer.h[0].attn
+
+    def watched(cache, layer, k, v):
+        if layer is first:
+            seen.append((k.size(0), k.size(2)))  # rows and tokens
+        return extend(cache, layer, k, v)
+    monkeypatch.setattr(train_gpt2.KVCache, "extend", watched)
     idx = torch.randint(97, (1, 9))
     together = model.generate(idx.expand(4, 9), 3, temperature=0)
     assert seen == [(1, 9), (4, 1), (4, 1)]
