@@ -92,7 +92,7 @@ class Settings:
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
     eval_every: int = 150
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
-    sample_every: int = 600
+    sample_every: int = 600  # HellaSwag too, with GPT-2's tokens, once `python prepare_data.py hellaswag` has run
     checkpoint_every: int = 300
     log_every: int = 20
 
@@ -1268,7 +1268,7 @@ def draw(panels):
     logarithmic, as in most papers on scaling; a curve is averaged over each column of pixels."""
     left, right, high = 52, 708, 250
     tokens = [t for _, curves, _ in panels for points in curves.values() for t, _ in points if t > 0] or [1]
-    first, last = min(tokens), max(*tokens, 1.1 * min(tokens))
+    first, last = min(tokens) / 2, max(tokens)
     body = [f'<rect width="720" height="{len(panels) * (high + 60)}"/>']
 
     def x(t):  # step 0 has seen no tokens, and stands at the left edge
