@@ -1122,14 +1122,13 @@ class SharedContext:
 
 
 @torch.no_grad()
-def hellaswag(model, questions, world, at_once=32):
+def hellaswag(model, questions, world, at_once=64):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
     one with the lowest loss in all, and the one with the lowest mean loss a token. A question is (context, [endings],
     number of the right one).
 
-    Sorted by length, questions need hardly any padding, and a context is read once for its four endings: of a group
-    of questions the model first reads as much as the shortest context has; the rest goes with the endings. Groups are
-    dealt to the processes."""
+    A context is read once for its four endings: of a group of questions, sorted by length, the model first reads as
+    much as the shortest context has; the rest goes with the endings. Groups are dealt to the processes."""
     tokenizer, T, rows = model.tokenizer, model.config.block_size, []
     for number, (context, endings, _) in enumerate(questions):
         endings = [tokenizer.encode(ending)[:T] for ending in endings]
@@ -1147,8 +1146,8 @@ def hellaswag(model, questions, world, at_once=32):
         with world.autocast():
             if shared:
                 model.logits_of_last(torch.tensor([row[0][:shared] for row in group], device=world.device), cache)
-            for j in range(0, len(texts), 32):
-                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 32], strict=True))
+            for j in range(0, len(texts), 16):  # few: alike in length, they need little padding
+                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 16], strict=True))
                 x = torch.zeros((len(batch), len(batch[-1]) - 1), dtype=torch.int64)
                 y = torch.full_like(x, -1)
                 for row, (text, size) in enumerate(zip(batch, sizes, strict=True)):
@@ -1696,8 +1695,7 @@ class Run:
         """Lets the model write, and asks it HellaSwag's questions where they are at hand."""
         self.mark, text = None, ""
         if self.world.main:
-            length = min(200, 2 * self.s.block_size)
-            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step)).strip()
+            text = self.model.generate("", max_new_tokens=200, temperature=0.8, seed=mix(self.s.seed, step)).strip()
             self.say(f"step {step:,} writes: {text}")
         scores = hellaswag_scores(self.model, self.world)
         if scores:
