@@ -1566,8 +1566,9 @@ class Run:
         self.speed = matmul_speed(world.device, world.dtype)
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
         self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
-        parameters, operations, in_epoch = model.num_parameters(), operations_per_token(model), loader.rows_per_epoch
-        epochs, tokens = self.epochs(s.max_steps), self.epochs(s.max_steps) * loader.targets_before(in_epoch)
+        parameters, operations, epochs = model.num_parameters(), operations_per_token(model), self.epochs(s.max_steps)
+        in_rows = loader.rows_per_epoch * s.block_size
+        tokens = epochs * (sum(len(shard) - 1 for shard in loader.shards) if loader.documents else in_rows)
         parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
                  for key, part in (("wte", "embeddings"), ("wpe", "positions"), ("attn", "attention"), ("mlp", "MLPs"),
                                    ("ln", "norms"))]
