@@ -915,7 +915,8 @@ def write_hellaswag(s):
                 for row in open_hub("Rowan/hellaswag", None, "validation")]
     make_folder(path.parent)
     write_text(path, "\n".join(rows) + "\n")
-    print(f"{len(rows):,} questions written to {path}; now: python train_gpt2.py --eval_only=True")
+    print(f"{len(rows):,} questions written to {path}; now: python train_gpt2.py --eval_only=True --init_from=gpt2 "
+          f"--data_dir={path.parent}, or a training run with GPT-2's tokens")
     return 0
 
 

@@ -96,7 +96,7 @@ class Settings:
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
     eval_every: int = 150
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
-    sample_every: int = 600
+    sample_every: int = 600  # HellaSwag too, with GPT-2's tokens, once `python prepare_data.py hellaswag` has run
     checkpoint_every: int = 300
     log_every: int = 20
 
@@ -1505,14 +1505,13 @@ class SharedContext:
 
 
 @torch.no_grad()
-def hellaswag(model, questions, world, at_once=32):
+def hellaswag(model, questions, world, at_once=64):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
     one with the lowest loss in all, and the one with the lowest mean loss a token. A question is (context, [endings],
     number of the right one).
 
-    Sorted by length, questions need hardly any padding, and a context is read once for its four endings: of a group
-    of questions the model first reads as much as the shortest context has; the rest goes with the endings. Groups are
-    dealt to the processes."""
+    A context is read once for its four endings: of a group of questions, sorted by length, the model first reads as
+    much as the shortest context has; the rest goes with the endings. Groups are dealt to the processes."""
     tokenizer, T, rows = model.tokenizer, model.config.block_size, []
     for number, (context, endings, _) in enumerate(questions):
         endings = [tokenizer.encode(ending)[:T] for ending in endings]
@@ -1530,8 +1529,8 @@ def hellaswag(model, questions, world, at_once=32):
         with world.autocast():
             if shared:
                 model(torch.tensor([row[0][:shared] for row in group], device=world.device), cache=cache)
-            for j in range(0, len(texts), 32):
-                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 32], strict=True))
+            for j in range(0, len(texts), 16):  # few: alike in length, they need little padding
+                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 16], strict=True))
                 x = torch.zeros((len(batch), len(batch[-1]) - 1), dtype=torch.int64)
                 y = torch.full_like(x, -1)
                 for row, (text, size) in enumerate(zip(batch, sizes, strict=True)):
@@ -1651,7 +1650,7 @@ def draw(panels):
     logarithmic, as in most papers on scaling; a curve is averaged over each column of pixels."""
     left, right, high = 52, 708, 250
     tokens = [t for _, curves, _ in panels for points in curves.values() for t, _ in points if t > 0] or [1]
-    first, last = min(tokens), max(*tokens, 1.1 * min(tokens))
+    first, last = min(tokens) / 2, max(tokens)
     body = [f'<rect width="720" height="{len(panels) * (high + 60)}"/>']
 
     def x(t):  # step 0 has seen no tokens, and stands at the left edge
@@ -1968,8 +1967,9 @@ class Run:
         self.speed = matmul_speed(world.device, world.dtype)
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
         self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
-        parameters, operations, in_epoch = model.num_parameters(), operations_per_token(model), loader.rows_per_epoch
-        epochs, tokens = self.epochs(s.max_steps), self.epochs(s.max_steps) * loader.targets_before(in_epoch)
+        parameters, operations, epochs = model.num_parameters(), operations_per_token(model), self.epochs(s.max_steps)
+        in_rows = loader.rows_per_epoch * s.block_size
+        tokens = epochs * (sum(len(shard) - 1 for shard in loader.shards) if loader.documents else in_rows)
         parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
                  for key, part in (("wte", "embeddings"), ("wpe", "positions"), ("attn", "attention"), ("mlp", "MLPs"),
                                    ("ln", "norms"))]
@@ -2099,8 +2099,7 @@ class Run:
         """Lets the model write, and asks it HellaSwag's questions where they are at hand."""
         self.mark, text = None, ""
         if self.world.main:
-            length = min(200, 2 * self.s.block_size)
-            text = self.model.generate("", max_new_tokens=length, temperature=0.8, seed=mix(self.s.seed, step)).strip()
+            text = self.model.generate("", max_new_tokens=200, temperature=0.8, seed=mix(self.s.seed, step)).strip()
             self.say(f"step {step:,} writes: {text}")
         scores = hellaswag_scores(self.model, self.world)
         if scores:
