@@ -1345,12 +1345,13 @@ def products(model, rows):
     bfloat16 oneDNN is twice as fast once the weights are packed its way, for which a copy is made."""
     wte = model.transformer.wte
     modules = [wte, *(module for module in model.modules() if isinstance(module, nn.Linear))]
-    if not wte.weight.is_cpu or wte.weight.dtype == torch.float16 or not torch.backends.mkldnn.is_available():
+    on_x86 = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not (wte.weight.is_cpu and on_x86) or wte.weight.dtype == torch.float16:
         return lambda x, module: F.linear(x, module.weight, getattr(module, "bias", None))
     packed, pieces = {}, {}
     if wte.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = {module: torch.ops.mkldnn._reorder_linear_weight(module.weight, rows) for module in modules}
-    if wte.weight.dtype == torch.float32 and rows == 1 and torch.backends.mkl.is_available():
+    if wte.weight.dtype == torch.float32 and rows == 1:
         for module in modules:
             n = next(n for n in range(64, 0, -1) if len(module.weight) % n == 0)
             if n >= 8:
