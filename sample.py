@@ -22,6 +22,7 @@ import torch
 
 from train_gpt2 import (
     UserError,
+    encode_prompt,
     keep_memory,
     load_checkpoint,
     model_from,
@@ -30,6 +31,7 @@ from train_gpt2 import (
     pick_dtype,
     read_model,
     reports_mistakes,
+    stream,
 )
 
 
@@ -144,7 +146,7 @@ class Explainer:
 
 def write_texts(model, s, prompt):
     """Writes num_samples texts as one batch: the first appears as it is chosen, the others when all are done."""
-    ids = model.encode_prompt(prompt)
+    ids = encode_prompt(model, prompt)
     if len(ids) > model.config.block_size:
         print(f"note: the prompt has {len(ids):,} tokens; the model sees the last {model.config.block_size:,}",
               file=sys.stderr)
@@ -152,7 +154,7 @@ def write_texts(model, s, prompt):
     first, columns = (Explainer if s.explain else Writer)(model.tokenizer, prompt), []
     over = torch.zeros(s.num_samples, dtype=torch.bool)
     try:
-        for tokens, logits in model.stream(idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed):
+        for tokens, logits in stream(model, idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed):
             columns.append(tokens.cpu())  # (num_samples,)
             first.write(columns[-1][0].item(), logits[0])
             over |= columns[-1] == (-1 if model.tokenizer.eot is None else model.tokenizer.eot)
@@ -191,9 +193,9 @@ def converse(model, s):
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
     check_settings(s)
-    for stream in (sys.stdout, sys.stderr):  # Windows would write a redirected text in an alphabet of 256 signs
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    for output in (sys.stdout, sys.stderr):  # Windows would write a redirected text in an alphabet of 256 signs
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(encoding="utf-8", errors="replace")
     keep_memory()
     device = pick_device(s.device)
     where = s.init_from or s.checkpoint or newest_checkpoint()

@@ -11,7 +11,7 @@ from conftest import fails
 
 import sample
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, Tokenizer
+from train_gpt2 import GPT, GPTConfig, Tokenizer, encode_prompt, stream
 
 SHAPES = [dict(n_layer=2, n_head=3, n_embd=48, block_size=24),
           dict(n_layer=3, n_head=1, n_embd=32, block_size=17, activation="relu", pos_encoding="sinusoidal"),
@@ -68,8 +68,8 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
 def test_bfloat16_samples_nearly_as_float32():
     model = strong_model(**SHAPES[0])
     idx = torch.randint(97, (2, 20))
-    exact = [logits for _, logits in model.stream(idx, 4, temperature=0)]
-    rough = [logits for _, logits in model.bfloat16().stream(idx, 4, temperature=0)]
+    exact = [logits for _, logits in stream(model, idx, 4, temperature=0)]
+    rough = [logits for _, logits in stream(model.bfloat16(), idx, 4, temperature=0)]
     assert rough[0].dtype == torch.float32 and (exact[0] - rough[0]).abs().max() < 0.05 * exact[0].abs().max()
 
 
@@ -96,7 +96,7 @@ def test_draws_are_fair(temperature, top_k, top_p):
     model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16)).eval()
     model.transformer.wte.weight.data.mul_(8)
     idx = torch.tensor([[3, 1, 4]])
-    tokens, logits = next(model.stream(idx.expand(100_000, 3), 1, temperature, top_k, top_p, seed=6))
+    tokens, logits = next(stream(model, idx.expand(100_000, 3), 1, temperature, top_k, top_p, seed=6))
     uncached = model(idx)[0][0, -1].detach()
     assert (logits[0] - uncached).abs().max() < 1e-5
     probs = wanted(uncached.numpy(), temperature, top_k, top_p)
@@ -174,7 +174,7 @@ def test_dtypes(write, dtype):
 
 def test_explain_says_what_the_model_thinks(write, trained):
     model = GPT.from_checkpoint(trained / "out" / "run" / "best.pt")
-    ids = model.encode_prompt("Once")
+    ids = encode_prompt(model, "Once")
     new = model.generate(torch.tensor([ids]), 12, seed=8)[0].tolist()[len(ids):]
     rows = write("Once", "--explain", "--max_new_tokens=12", "--seed=8", "--temperature=1", "--dtype=float32")
     assert "\033" not in rows

@@ -73,7 +73,7 @@ def test_the_default_run(stories, tmp_path, capsys, monkeypatch):
     assert floor < min(values) < 1.05 * floor
     assert "% above the best possible" in output and "tokens/s" in output
     model = train_gpt2.GPT.from_checkpoint(tmp_path / "out" / "stories" / "best.pt")
-    idx = torch.tensor([model.encode_prompt("")] * 100)
+    idx = torch.tensor([train_gpt2.encode_prompt(model, "")] * 100)
     stories = [model.tokenizer.decode(row).split(train_gpt2.END_OF_TEXT)[1].strip()
                for row in model.generate(idx, max_new_tokens=111, temperature=0.8, seed=1).tolist()]
     corpus = set(prepare_data.write_stories(prepare_data.STORIES, seed=1)[0])
