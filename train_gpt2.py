@@ -94,7 +94,7 @@ class Settings:
     activation: Literal["gelu", "relu"] = "gelu"
     # what is shown, and how often (in steps)
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
-    eval_every: int = 150
+    eval_every: int = 100
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
     sample_every: int = 600  # HellaSwag too, with GPT-2's tokens, once `python prepare_data.py hellaswag` has run
     checkpoint_every: int = 300
@@ -357,6 +357,7 @@ class ShardedLoader:
         if self.documents and eot is None:
             raise UserError(f"{data_dir} is one text without <|endoftext|>: it has no documents; use --rows=stream")
         self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
+        self.order = functools.lru_cache(maxsize=2)(self._order)
         self.counts = [self._count(i) for i in range(len(self.shards))]
         self.rows_per_epoch = sum(self.counts)
         if not self.rows_per_epoch:
@@ -394,17 +395,21 @@ class ShardedLoader:
             starts, lengths = starts[order], lengths[order]
         return starts, lengths
 
+    def _order(self, epoch):
+        """The numbers of the shards in the order of this epoch."""
+        return (np.arange(len(self.shards)) if self.seed is None else
+                self.rng(epoch).permutation(len(self.shards))).tolist()
+
     def rng(self, *key):
         return np.random.default_rng([self.seed, *key])
 
     def locate(self, row):
         """Row number -> (shard, first token, number of targets)."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        order = range(len(self.shards)) if self.seed is None else self.rng(epoch).permutation(len(self.shards))
-        for shard in order:
+        for shard in self.order(epoch):
             if row < self.counts[shard]:
-                starts, lengths = self.cuts(epoch, int(shard))
-                return int(shard), int(starts[row]), int(lengths[row])
+                starts, lengths = self.cuts(epoch, shard)
+                return shard, int(starts[row]), int(lengths[row])
             row -= self.counts[shard]
 
     def batch(self, rows):
