@@ -469,6 +469,8 @@ def train(s, world):
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
+    # float16 ends at 6e-8, and many gradients are smaller: the scaler multiplies the loss, and so them, by a large
+    # number and divides again before the step (Micikevicius et al. 2018). Other dtypes do not need it: it does nothing
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     run = Run(s, raw_model, optimizer, scaler, data, world)
     start = run.resume_or_begin()
@@ -497,6 +499,7 @@ def train(s, world):
                 group["lr"] = lr
             micro_batches, targets_in_step = next(batches)
             loss_sum = torch.zeros((), device=world.device)
+            # Gradients of micro-batches add up as if all rows had fit into memory at once (gradient accumulation)
             for micro_step, (x, y) in enumerate(micro_batches):
                 # Seeded afresh, so that dropout too depends on nothing but the place in the run
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
@@ -1137,7 +1140,8 @@ class World:
             torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
 
     def autocast(self):
-        """Matrix products in world.dtype; everything that adds up many numbers stays float32."""
+        """Matrix products in world.dtype, which are several times as fast; everything that adds up many numbers stays
+        float32, for bfloat16's three digits would swallow small terms of large sums."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
