@@ -24,7 +24,7 @@ def test_every_command_runs_as_printed(tmp_path, monkeypatch, gpt2_vocabulary, c
     text = "It is never too late to learn how a language model works. " * 400
     (tmp_path / "my_text.txt").write_text(text, encoding="utf-8")
     for i in range(3):
-        (tmp_path / "notes" / f"{i}.jsonl").write_text('{"body": "' + text[:2000] + '"}\n' * 4, encoding="utf-8")
+        (tmp_path / "notes" / f"{i}.jsonl").write_text(f'{{"body": "{text[:2000]}"}}\n' * 4, encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     ran = []
     for command in COMMANDS:
