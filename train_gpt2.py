@@ -342,7 +342,7 @@ class GPT(nn.Module):
 class ShardedLoader:
     """Rows of tokens from a folder of shards, which stay on disk and are mapped into memory.
 
-    Row number g is a pure function of (seed, g, the shards, block_size): `batch(first, count)` needs no state, so a
+    Row number g is a pure function of (seed, g, the shards, block_size): `batch(rows)` needs no state, so a
     run can stop and go on anywhere, on any number of processes. Each epoch sees every row once: shards in shuffled
     order and rows shuffled inside a shard. `rows="stream"` cuts the tokens every block_size, beginning at another
     place each epoch; `rows="documents"` gives each document its own row. seed=None keeps the order of the text, for
@@ -1267,11 +1267,11 @@ class KVCache:
 
     def __init__(self, model, batch, length):
         config, weight = model.config, model.transformer.wte.weight
-        shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)  # keys, values
+        shape = (batch, config.n_head, length, config.n_embd // config.n_head)
         # The CPU's bfloat16 attention takes 5 times as long over 1,000 tokens as the conversion and float32
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         try:
-            self.store = {block.attn: torch.empty(shape, dtype=dtype, device=weight.device)
+            self.store = {block.attn: [torch.empty(shape, dtype=dtype, device=weight.device) for _ in "kv"]
                           for block in model.transformer.h}
         except RuntimeError:
             raise UserError(f"{batch:,} texts at once do not fit into memory: lower num_samples") from None
@@ -1279,10 +1279,10 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
-        keys, values = self.store[layer]
-        end = self.length + k.size(2)
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:len(k), :, :end], values[:len(k), :, :end]
+        rows, _, T, _ = k.shape
+        for store, new in zip(self.store[layer], (k, v), strict=True):
+            store.narrow(2, self.length, T).copy_(new)  # a slice of the tokens, at a third of the cost of indexing
+            yield store[:rows].narrow(2, 0, self.length + T)
 
     def advance(self, x):
         """(B, T, C) -> (B, 1, C): all layers have seen these T tokens now; only what follows the last is asked for."""
@@ -1300,22 +1300,21 @@ def products(model, rows):
     on_x86 = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (wte.weight.is_cpu and on_x86) or wte.weight.dtype == torch.float16:
         return lambda x, module: F.linear(x, module.weight, getattr(module, "bias", None))
-    packed, pieces = {}, {}
-    if wte.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed = {module: torch.ops.mkldnn._reorder_linear_weight(module.weight, rows) for module in modules}
-    if wte.weight.dtype == torch.float32 and rows == 1:
-        for module in modules:
-            n = next(n for n in range(64, 0, -1) if len(module.weight) % n == 0)
-            if n >= 8:
-                pieces[module] = module.weight.unflatten(0, (n, -1))  # (n, out / n, in), the same memory
+    ready = {}  # {module: (weights, bias, whether they are pieces)}
+    for module in modules:
+        weight, n = module.weight, next(n for n in range(64, 0, -1) if len(module.weight) % n == 0)
+        if wte.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        elif wte.weight.dtype == torch.float32 and rows == 1 and n >= 8:
+            weight = weight.unflatten(0, (n, -1))  # (n, out / n, in), the same memory
+        ready[module] = weight, getattr(module, "bias", None), weight.layout == torch.strided and weight.dim() == 3
 
     def product(x, module):
-        bias = getattr(module, "bias", None)
-        if module in pieces:
-            piece = pieces[module]
-            y = torch.bmm(piece, x.t().expand(len(piece), -1, 1)).view(1, -1)  # n products, (out / n, in) @ (in, 1)
+        weight, bias, in_pieces = ready[module]
+        if in_pieces:
+            y = torch.bmm(weight, x.t().expand(len(weight), -1, 1)).view(1, -1)  # n products, (out / n, in) @ (in, 1)
             return y if bias is None else y + bias
-        return torch.ops.mkldnn._linear_pointwise(x, packed.get(module, module.weight), bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
@@ -1323,7 +1322,7 @@ def read_token(model, token, cache, product):
     """model(token, cache=cache) for one new token of each row, token (B, 1) -> logits (B, V), written out: for so
     little work the way through modules would take a third of the time."""
     def norm(x, module):
-        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+        return torch.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
     parts, n_head = model.transformer, model.config.n_head
     x = parts.wte.weight[token[:, 0]] + parts.wpe.weight[cache.length]  # (B, C)
