@@ -453,8 +453,7 @@ def test_out_of_memory_names_what_to_halve_and_what_to_double(error, tiny_run, c
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
-    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them. In float32: for bfloat16 on a
-    CPU, oneDNN keeps a compiled kernel for each length of rows, up to some number of them."""
+    """3,000 steps with FULL_TESTS, with evaluations, samples and checkpoints among them."""
     steps = 3000 if FULL else 400
     memory, files, after_step = [], [], train_gpt2.Run.after_step
 
@@ -465,7 +464,7 @@ def test_memory_and_open_files_stay_flat(tiny_run, tmp_path, monkeypatch):
         files.append(len(os.listdir("/proc/self/fd")))
     monkeypatch.setattr(train_gpt2.Run, "after_step", measure)
     train_gpt2.main([*tiny_run, f"--max_steps={steps}", "--eval_every=50", "--checkpoint_every=50",
-                     "--sample_every=100", "--dtype=float32"])
+                     "--sample_every=100"])
     quarter = (steps - 100) // 4
     first, last = memory[100:100 + quarter], memory[-quarter:]
     print("RssAnon (MB) every tenth of the run:", [memory[i] // 1024 for i in range(0, steps, steps // 10)])
