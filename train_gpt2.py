@@ -67,7 +67,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32
     compile_model: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA, where it pays
-    attention: Literal["flash", "manual"] = "flash"  # one fused kernel, or the five lines that it stands for
+    attention: Literal["flash", "manual"] = "flash"  # a fused kernel, where it is faster, or the lines it stands for
     deterministic: bool = False  # the same bits again on a GPU too, more slowly
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # cut the text every block_size tokens, or a document a row
@@ -82,23 +82,23 @@ class Settings:
     learning_rate: float = 6e-3  # its peak: small models bear high rates
     min_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.1  # GPT-3 paper, appendix B
-    beta1: float = 0.9
-    beta2: float = 0.95  # GPT-3 paper, appendix B
+    beta1: float = 0.9  # how long Adam's average of gradients lasts: some 1 / (1 - beta1) steps
+    beta2: float = 0.95  # and that of their squares (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # the longest gradient allowed (GPT-3 paper, appendix B); 0: any length
     dropout: float = 0.0  # zeroes this share of activations in training; worth it where data is seen many times
     # the model
-    n_layer: int = 3
-    n_head: int = 4
+    n_layer: int = 3  # blocks, one after another
+    n_head: int = 4  # attentions side by side in each
     n_embd: int = 96  # the width: numbers that describe one token
-    pos_encoding: Literal["learned", "sinusoidal"] = "learned"
-    activation: Literal["gelu", "relu"] = "gelu"
+    pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # how a token knows its place: a table, or sines
+    activation: Literal["gelu", "relu"] = "gelu"  # the bend between the two matrices of an MLP
     # what is shown, and how often (in steps)
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
-    eval_every: int = 100
-    eval_tokens: int | None = None  # validation tokens to look at each time; None: all of them
+    eval_every: int = 100  # validation loss, picture and report
+    eval_tokens: int | None = None  # validation tokens to look at each time; None: all, of which the floor speaks
     sample_every: int = 600  # HellaSwag too, with GPT-2's tokens, once `python prepare_data.py hellaswag` has run
-    checkpoint_every: int = 300
-    log_every: int = 20
+    checkpoint_every: int = 300  # what a kill can cost, at most
+    log_every: int = 20  # a line on the screen and in log.csv
 
 
 # Each preset lists what it changes. beta2 0.99 on characters: their steps are of few tokens, so that Adam's average of
@@ -192,7 +192,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        # each (B, n_head, T, head_dim)
+        # (B, T, 3C) -> (B, T, 3, n_head, head_dim) -> (3, B, n_head, T, head_dim): q, k and v
         if cache is not None:  # only when sampling: the keys and values of the tokens before these
             k, v = cache.extend(self, k, v)  # (B, n_head, tokens so far, head_dim)
         y = attend(q, k, v, self.dropout if self.training else 0.0, self.flash)
@@ -377,6 +377,7 @@ class ShardedLoader:
         if self.documents:  # from each <|endoftext|> to the next; longer ones go on in rows of their own
             marks = np.flatnonzero(self.shards[shard] == self.eot)
             marks = np.unique(np.concatenate(([0], marks, [n - 1])))
+            # A document of 25 tokens in rows of 10 gives 3 pieces: number 0, 1 and 2, of 10, 10 and 5 targets
             pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
             self.cut_documents |= bool((pieces > 1).any())
             index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. in each
@@ -387,6 +388,7 @@ class ShardedLoader:
             lengths = np.minimum(T, n - 1 - starts)
         else:
             count = self._count(shard)
+            # The row kept free by _count is dealt out before the first cut and behind the last, differently each epoch
             shift = self.rng(epoch, shard, 0).integers(0, min(T, n - count * T))
             starts = shift + T * np.arange(count)
             lengths = np.full(count, T)
@@ -506,9 +508,9 @@ def train(s, world):
                 # DDP averages the gradients of all processes when the last micro-batch is done, not before
                 with world.autocast(), world.accumulating(model, micro_step < len(micro_batches) - 1):
                     _, loss = model(x, y)
-                    # A mean over this micro-batch becomes its share of the mean over the whole step
+                    # A mean over this micro-batch becomes its share of the mean over the whole step, all processes'
                     loss = loss * ((y != -1).sum() / targets_in_step)
-                    scaler.scale(loss * world.size).backward()
+                    scaler.scale(loss * world.size).backward()  # times their number, by which DDP's average divides
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
             # A rare batch can give a huge gradient; clipping keeps its direction and bounds the step
@@ -922,7 +924,9 @@ def read_pretrained(name, look=False):
             raise UserError(f"there is no folder {name}, and OpenAI's models are called {', '.join(OPENAI_NAMES)}")
         folder = download(name, look)
     config = read_config(folder / "config.json")
-    found = {"config": config, "settings": {}, "tokenizer": None, "model": {}}
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = {"rows": "documents"} if theirs.get("starts_documents") is True else {}
+    found = {"config": config, "settings": settings, "tokenizer": None, "model": {}}
     if look:
         return found
     for path in weight_files(folder):
@@ -1093,6 +1097,7 @@ def write_pretrained(model, folder):
         "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size,
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout, "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
+        "starts_documents": model.starts_documents,  # ours: transformers leaves it alone
         "bos_token_id": tokenizer.eot if tokenizer else None, "eos_token_id": tokenizer.eot if tokenizer else None}
     if tokenizer is not None and tokenizer.eot is not None:
         write_tokenizer(tokenizer, folder, c.block_size)
@@ -2148,7 +2153,7 @@ class Run:
         if speed:
             used = f" | {speed:,.0f} tokens/s, {self.utilisation(speed):.0f} % of matmul speed"
             if self.to_estimate:
-                evaluations = s.max_steps // s.eval_every - step // s.eval_every
+                evaluations = math.ceil(s.max_steps / s.eval_every) - step // s.eval_every
                 left = (s.max_steps - step) * targets / speed + evaluations * self.evaluation_seconds
                 left = min(left, 60 * s.max_minutes * (1 - self.time_used)) if s.max_minutes else left
                 self.say(f"about {duration(left)} left, evaluations included")
@@ -2174,8 +2179,8 @@ class Run:
         # float16's scaler expects infinite gradients now and then, and skips those steps
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.world.dtype == torch.float16):
             raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g} at learning rate {lr:.2g}: "
-                            "try a lower --learning_rate or more --warmup_steps; the last checkpoint in "
-                            f"{self.folder} is whole")
+                            "try a lower --learning_rate or more --warmup_steps; what was saved in "
+                            f"{self.folder} before is whole")
         return loss, norm
 
     def write_row(self, step, values, tokens=None):
@@ -2292,6 +2297,8 @@ def check_settings(s):
         value = getattr(s, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
+    if s.min_lr > s.learning_rate:
+        raise UserError(f"min_lr ({s.min_lr:g}) is above learning_rate ({s.learning_rate:g}): the cosine falls to it")
     if s.max_minutes is not None and s.max_minutes <= 0:
         raise UserError(f"max_minutes is {s.max_minutes}: it must be more than 0")
     for name in ("beta1", "beta2", "dropout"):

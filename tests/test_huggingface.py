@@ -149,10 +149,14 @@ def test_export_then_train_on(run_of_stories, stories, tmp_path, capsys):
     assert sample.main(["--export=folder"]) == 0
     options = ["Once", "--temperature=0", "--max_new_tokens=9", "--dtype=float32"]
     capsys.readouterr()
-    assert sample.main([*options, "--init_from=folder"]) == 0 and capsys.readouterr().out.startswith("Once")
+    assert sample.main([*options, "--init_from=folder"]) == 0
+    text = capsys.readouterr().out
+    assert sample.main([*options, f"--checkpoint={run_of_stories / 'best.pt'}"]) == 0
+    assert capsys.readouterr().out == text and text.startswith("Once")  # a story's prompt begins a document in both
     ours = GPT.from_checkpoint(run_of_stories / "best.pt")
     theirs = GPT.from_pretrained("folder")
     assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())
+    assert ours.starts_documents and theirs.starts_documents
     train_gpt2.main([f"--data_dir={stories}", "--init_from=folder", "--eval_only=True"])
     loss = capsys.readouterr().out.split("validation loss")[1]
     train_gpt2.main([f"--data_dir={stories}", f"--init_from={run_of_stories / 'best.pt'}", "--eval_only=True"])
