@@ -1398,7 +1398,11 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
         probs = probs.masked_fill(before >= top_p, 0)
-    choice = torch.multinomial(probs, 1, generator=generator)
+    # One random number a row and the first token whose cumulated probability reaches it: torch.multinomial draws a
+    # number for every token, which for 16 texts of GPT-2 takes half as long as the model
+    cumulated = probs.cumsum(dim=-1)  # (B, V)
+    drawn = 1 - torch.rand((len(probs), 1), generator=generator, device=probs.device)  # above 0, at most 1
+    choice = torch.searchsorted(cumulated, drawn * cumulated[:, -1:])
     return choice if index is None else index.gather(-1, choice)
 
 
