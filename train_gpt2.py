@@ -162,18 +162,15 @@ def attend(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1): every token takes a weighted mean of the values
     of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
     the shape of q."""
-    if q.dtype != k.dtype:  # a cache may keep more digits than the weights have
-        return attend(q.to(k.dtype), k, v, dropout, flash).to(q.dtype)
     T, S = q.size(-2), k.size(-2)
-    causal = T > 1  # a single new token may look at everything before it, so it needs no mask
     # The CPU's fused kernel is the slower one in bfloat16: by 1.6 times on 2 rows of 1,024 tokens, 6 on 24 rows of 64
-    if flash and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and T < S else None
-        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal and T == S)
+    if flash and not (q.is_cpu and q.dtype == torch.bfloat16):
+        # It has the mask built in for T = S, and a single new token needs none: everything is before it
+        seen = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=T == S)
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S); the root keeps their spread near 1
-    if causal:  # above the diagonal lies the future, which must not help: e^-inf is a weight of 0
-        future = torch.full((T, S), float("-inf"), dtype=scores.dtype, device=q.device).triu(1 + S - T)
-        scores = scores + future
+    # Above the diagonal lies the future, which must not help: e^-inf is a weight of 0
+    scores = scores + torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(1 + S - T)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); each row adds up to 1
     return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
 
@@ -261,14 +258,15 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
+        # First weights: norms keep their ones, biases are 0, matrices random, of spread 0.02 (GPT paper, section 4.1).
+        # The 2 * n_layer products that are added to x would make its spread grow with the root of their number; so
+        # they start smaller by that root (GPT-2 paper, section 2.3), and a deep model starts as calmly as a flat one.
         for name, parameter in self.named_parameters():
-            # 0.02: GPT paper, section 4.1. Each of the 2 * n_layer residual additions widens the sum, and would by
-            # sqrt(2 * n_layer) in all, if the projections that feed it did not start smaller (GPT-2, section 2.3).
-            scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02 * scale)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                is_added = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if is_added else 0.02)
         if config.pos_encoding == "sinusoidal":
             self.transformer.wpe.weight = nn.Parameter(sinusoids(config.block_size, config.n_embd), requires_grad=False)
 
@@ -293,8 +291,8 @@ class GPT(nn.Module):
         is the embedding's own (weight tying, Press & Wolf 2017): 38M parameters saved in GPT-2, and better loss."""
         weight = self.transformer.wte.weight  # (V, C)
         V = weight.size(0)
-        if x.is_cuda and V % 64:  # 50,257 is odd: tensor cores want multiples of 64, so the product gets zeros to fill
-            return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]
+        if x.is_cuda and V % 64:  # tensor cores want multiples of 64, and 50,257 is odd: 47 rows of zeros fill it up
+            return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]  # and their logits are cut off again
         return F.linear(x, weight)
 
     def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -476,6 +474,7 @@ def train(s, world):
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     run = Run(s, raw_model, optimizer, scaler, data, world)
     start = run.resume_or_begin()
+    # The same weights in a faster wrapping: raw_model evaluates, samples and is saved, model takes the steps
     model = compiled_and_parallel(raw_model.train(), s, world)
     if world.device.type == "cuda":
         fit_in_memory(model, plan, s, world)
@@ -486,6 +485,7 @@ def train(s, world):
 
     with run.interruptible(), contextlib.closing(prefetch(make, start, s.max_steps)) as batches:
         for step in range(start, s.max_steps + 1):
+            # One pass more than there are steps: the last weights too are evaluated and saved
             last = step == s.max_steps or run.time_used >= 1
             if step > start and (last or step % s.checkpoint_every == 0):
                 run.save(step)
@@ -1217,7 +1217,8 @@ def compiled_and_parallel(model, s, world):
                 print(f"warning: torch.compile does not work here ({type(error).__name__}), going on without it")
     if world.size > 1:
         devices = [world.device.index] if world.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        # As views of the buckets in which they travel, gradients need no second copy: 6 GB less for GPT-2 XL
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     return model
 
 
@@ -1283,11 +1284,14 @@ class KVCache:
         self.length = 0  # tokens in it
 
     def extend(self, layer, k, v):
-        """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these."""
-        rows, _, T, _ = k.shape
+        """Adds k and v, (B, n_head, T, head_dim); returns all keys and values of this layer up to these, of later
+        tokens in the dtype of the cache."""
+        T = k.size(2)
         for store, new in zip(self.store[layer], (k, v), strict=True):
             store.narrow(2, self.length, T).copy_(new)  # a slice of the tokens, at a third of the cost of indexing
-            yield store[:rows].narrow(2, 0, self.length + T)
+        if self.length == 0:
+            return k, v  # all there is, before a single row was copied for all
+        return [store.narrow(2, 0, self.length + T) for store in self.store[layer]]
 
     def advance(self, x):
         """(B, T, C) -> (B, 1, C): all layers have seen these T tokens now; only what follows the last is asked for."""
@@ -1335,8 +1339,9 @@ def read_token(model, token, cache, product):
     for block in parts.h:
         attn, mlp = block.attn, block.mlp
         q, k, v = product(norm(x, block.ln_1), attn.c_attn).view(B, 3, n_head, 1, C // n_head).unbind(1)
-        y = attend(q, *cache.extend(attn, k, v), flash=attn.flash)  # (B, n_head, 1, head_dim)
-        x = x + product(y.reshape(B, C), attn.c_proj)
+        keys, values = cache.extend(attn, k, v)
+        y = attend(q.to(keys.dtype), keys, values, flash=attn.flash)  # (B, n_head, 1, head_dim)
+        x = x + product(y.reshape(B, C).to(x.dtype), attn.c_proj)
         x = x + product(mlp.act(product(norm(x, block.ln_2), mlp.c_fc)), mlp.c_proj)
     cache.length += 1
     return product(norm(x, parts.ln_f), parts.wte)
@@ -1413,10 +1418,11 @@ HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
 def token_losses(logits, targets):
-    """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for a target of -1."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-1,
-                           reduction="none")
-    return nats.view(targets.shape).cpu()
+    """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for a target of -1. A few tokens at a time,
+    for in float32 all of GPT-2's 50,257 logits for each would take more memory than the model."""
+    pairs = zip(logits.flatten(0, 1).split(64), targets.flatten().to(logits.device).split(64), strict=True)
+    nats = [F.cross_entropy(some.float(), wanted, ignore_index=-1, reduction="none") for some, wanted in pairs]
+    return torch.cat(nats).view(targets.shape).cpu()
 
 
 @torch.no_grad()
@@ -1462,6 +1468,7 @@ class SharedContext:
     def __init__(self):
         self.store, self.length = {}, 0
         self.chosen = None  # (rows,): the context that each row continues
+        self.scored = None  # (rows, T) bool: the tokens whose predictions are asked for
 
     def extend(self, layer, k, v):
         if self.length == 0:
@@ -1471,15 +1478,15 @@ class SharedContext:
                      for before, new in zip(self.store[layer], (k, v), strict=True))
 
     def advance(self, x):
-        """The context's own predictions are not asked for; all of an ending's are."""
-        if self.length:
-            return x
+        """(rows, T, C) -> (1, scored tokens, C): a third of the work is in the logits, which only those need."""
+        if self.scored is not None:
+            return x[self.scored][None]
         self.length = x.size(1)
-        return x[:, -1:]
+        return x[:, -1:]  # nobody asks what the contexts themselves predict
 
 
 @torch.no_grad()
-def hellaswag(model, questions, world, at_once=64):
+def hellaswag(model, questions, world, at_once=96):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? (questions, 2) int64: the
     one with the lowest loss in all, and the one with the lowest mean loss a token. A question is (context, [endings],
     number of the right one).
@@ -1494,25 +1501,29 @@ def hellaswag(model, questions, world, at_once=64):
     rows.sort(key=lambda row: len(row[0]))
     losses = torch.zeros((len(rows), 4, 2))  # in all, a token
     model.eval()
-    for i in range(world.rank * at_once, len(rows), world.size * at_once):
-        group, cache = rows[i:i + at_once], SharedContext()
-        shared = len(group[0][0]) - 1  # not its last token, which foretells the ending's first
-        texts = [(context[shared:] + ending, len(ending), place, number, e)
-                 for place, (context, endings, number) in enumerate(group) for e, ending in enumerate(endings)]
-        texts.sort(key=lambda text: len(text[0]))
-        with world.autocast():
+    with world.autocast():
+        for i in range(world.rank * at_once, len(rows), world.size * at_once):
+            group, cache = rows[i:i + at_once], SharedContext()
+            shared = len(group[0][0]) - 1  # not its last token, which foretells the ending's first
             if shared:
-                model(torch.tensor([row[0][:shared] for row in group], device=world.device), cache=cache)
-            for j in range(0, len(texts), 16):  # few: alike in length, they need little padding
-                batch, sizes, places, numbers, which = map(list, zip(*texts[j:j + 16], strict=True))
+                model(torch.tensor([context[:shared] for context, _, _ in group], device=world.device), cache=cache)
+            texts = [(context[shared:] + ending, len(ending), place, number, e)
+                     for place, (context, endings, number) in enumerate(group) for e, ending in enumerate(endings)]
+            texts.sort(key=lambda text: len(text[0]))  # alike in length, they need little padding
+            while texts:
+                rows_at_once = max(1, 512 // len(texts[-1][0]))
+                batch, sizes, places, numbers, which = map(list, zip(*texts[-rows_at_once:], strict=True))
+                del texts[-rows_at_once:]
                 x = torch.zeros((len(batch), len(batch[-1]) - 1), dtype=torch.int64)
-                y = torch.full_like(x, -1)
+                scored = torch.zeros_like(x, dtype=torch.bool)
                 for row, (text, size) in enumerate(zip(batch, sizes, strict=True)):
                     x[row, :len(text) - 1] = torch.tensor(text[:-1])
-                    y[row, len(text) - 1 - size:len(text) - 1] = torch.tensor(text[-size:])
-                cache.chosen = torch.tensor(places, device=world.device)
-                nats = token_losses(model(x.to(world.device), cache=cache)[0], y).sum(dim=1)  # (endings,)
-                losses[numbers, which] = torch.stack((nats, nats / torch.tensor(sizes)), dim=1)
+                    scored[row, len(text) - 1 - size:len(text) - 1] = True
+                endings = torch.tensor([[t for text, size in zip(batch, sizes, strict=True) for t in text[-size:]]])
+                cache.chosen, cache.scored = torch.tensor(places, device=world.device), scored.to(world.device)
+                logits, _ = model(x.to(world.device), cache=cache)  # (1, tokens of all these endings, V)
+                nats = token_losses(logits, endings)[0].split(sizes)
+                losses[numbers, which] = torch.tensor([[n.sum(), n.mean()] for n in nats])
     model.train()
     return world.reduce(losses if world.size == 1 else losses.to(world.device)).argmin(dim=1).cpu()
 
@@ -1826,6 +1837,12 @@ def adopt_shape(s, given):
     """With --init_from the shape is that of its model; only shorter rows may be asked for."""
     if s.eval_only and not s.init_from:
         s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
+        if not os.path.exists(s.init_from):
+            raise UserError(f"there is no {s.init_from} to evaluate: name a run's folder with --out_dir, or weights "
+                            "with --init_from")
+    if s.init_from in ("scratch", "resume"):
+        raise UserError(f"--init_from={s.init_from}: leave it out; a run starts from scratch, and the same command, "
+                        "given again, resumes it")
     if s.init_from:
         config = read_model(s.init_from, look=True)["config"]
         if s.block_size > config["block_size"] and "block_size" in given:

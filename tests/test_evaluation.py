@@ -136,10 +136,11 @@ def questions_of(shared_file, count):
 @pytest.mark.parametrize("block_size", [1024, 40])
 def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vocabulary):
     questions = questions_of(shared_file, 1000 if FULL else 30)
+    questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # nothing to share but its end
     data = train_gpt2.Data({}, gpt2_vocabulary)
     model = small_model(data, block_size=block_size)
     theirs, encode, T = to_transformers(model), gpt2_vocabulary.encode, block_size
-    chosen = hellaswag(model, questions, World(Settings(device="cpu", dtype="float32")))
+    chosen = hellaswag(model, questions, World(Settings(device="cpu", dtype="float32")), at_once=8)
     for (context, endings, _), choices in zip(questions, chosen.tolist(), strict=True):
         endings = [encode(ending)[:T] for ending in endings]
         context, losses = encode(context)[-(T + 1 - max(map(len, endings))):], []

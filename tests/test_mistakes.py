@@ -145,7 +145,8 @@ CASES = [
     train("--seed=-1", "at least 0"), train(f"--seed={2**64}", "at most"), train("--device=abacus", "device"),
     train("--device=cuda:99", "cuda"), train("--eval_every=0", "at least 1"), train("--eval_tokens=0", "at least 1"),
     train("--sample_every=0", "at least 1"), train("--checkpoint_every=0", "at least 1"),
-    train("--log_every=0", "at least 1"), train("--eval_only", "no checkpoint"),
+    train("--log_every=0", "at least 1"), train("--eval_only", "to evaluate"),
+    train("--init_from=resume", "resumes it"),
     train("--preset=shakespeare_char", "python prepare_data.py shakespeare"),
     train("--preset=gpt2", "python prepare_data.py fineweb_edu"),
     # settings of prepare_data.py, beside what test_data.py has
