@@ -938,11 +938,12 @@ def read_pretrained(name, look=False):
                 with warnings.catch_warnings(action="ignore"):
                     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             for key, tensor in tensors.items():
-                if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-                    raise ValueError(f"{key} holds no numbers")
                 key = "transformer." + key.removeprefix("transformer.")
-                if not key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which older files keep
-                    found["model"][key] = tensor.t() if key.endswith(TURNED) else tensor
+                if key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which older files keep
+                    continue
+                if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_floating_point():
+                    raise ValueError(f"{key} holds no weights")
+                found["model"][key] = tensor.t() if key.endswith(TURNED) else tensor
         except Exception as error:  # a damaged file can fail in any of a dozen ways
             raise UserError(f"{path} holds no weights, or is damaged ({type(error).__name__})") from None
     head = found["model"].pop("transformer.lm_head.weight", None)
