@@ -364,31 +364,24 @@ class ShardedLoader:
 
     def _count(self, shard):
         """Rows of a shard in every epoch. A stream in training keeps one row's length free to shift its cuts."""
-        fit = (len(self.shards[shard]) - 1) // self.block_size
         if self.documents or self.seed is None:
             return len(self.cuts(0, shard)[0])
+        fit = (len(self.shards[shard]) - 1) // self.block_size
         return fit - 1 if fit > 1 else fit
 
     def _cuts(self, epoch, shard):
         """Where the rows of a shard begin and how many targets each has, in the order of this epoch."""
         n, T = len(self.shards[shard]), self.block_size
-        if self.documents:  # from each <|endoftext|> to the next; longer ones go on in rows of their own
-            marks = np.flatnonzero(self.shards[shard] == self.eot)
-            marks = np.unique(np.concatenate(([0], marks, [n - 1])))
-            # A document of 25 tokens in rows of 10 gives 3 pieces: number 0, 1 and 2, of 10, 10 and 5 targets
-            pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
-            self.cut_documents |= bool((pieces > 1).any())
-            index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. in each
-            starts = np.repeat(marks[:-1], pieces) + T * index
-            lengths = np.minimum(T, np.repeat(marks[1:], pieces) - starts)
+        if self.documents:
+            starts, lengths, longer = cut_documents(self.shards[shard], self.eot, T)
+            self.cut_documents |= longer
         elif self.seed is None:
             starts = np.arange(0, n - 1, T)
             lengths = np.minimum(T, n - 1 - starts)
         else:
             count = self._count(shard)
             # The row kept free by _count is dealt out before the first cut and behind the last, differently each epoch
-            shift = self.rng(epoch, shard, 0).integers(0, min(T, n - count * T))
-            starts = shift + T * np.arange(count)
+            starts = self.rng(epoch, shard, 0).integers(0, min(T, n - count * T)) + T * np.arange(count)
             lengths = np.full(count, T)
         if self.seed is not None:
             order = self.rng(epoch, shard, 1).permutation(len(starts))
@@ -397,8 +390,8 @@ class ShardedLoader:
 
     def _order(self, epoch):
         """The numbers of the shards in the order of this epoch."""
-        return (np.arange(len(self.shards)) if self.seed is None else
-                self.rng(epoch).permutation(len(self.shards))).tolist()
+        shards = len(self.shards)
+        return list(range(shards)) if self.seed is None else self.rng(epoch).permutation(shards).tolist()
 
     def rng(self, *key):
         return np.random.default_rng([self.seed, *key])
@@ -1786,6 +1779,17 @@ def prefetch(make, start, stop):
             if s + 1 < stop:
                 future = pool.submit(make, s + 1)
             yield ready
+
+
+def cut_documents(tokens, eot, T):
+    """Rows of at most T targets, from each <|endoftext|> to the next: (where each begins, how many targets it has,
+    whether any document is longer than a row). Longer ones go on in rows of their own: one of 25 tokens gives rows of
+    10, 10 and 5 for T = 10."""
+    marks = np.unique(np.concatenate(([0], np.flatnonzero(tokens == eot), [len(tokens) - 1])))
+    pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
+    index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. in each
+    starts = np.repeat(marks[:-1], pieces) + T * index
+    return starts, np.minimum(T, np.repeat(marks[1:], pieces) - starts), bool((pieces > 1).any())
 
 
 def targets_before(loader, row):
