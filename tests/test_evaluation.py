@@ -213,6 +213,29 @@ def test_hellaswag_in_batches_is_three_times_as_fast(shared_file, gpt2_vocabular
     assert (chosen[numbers].numpy() == choices).all() and batched > 3 * singly
 
 
+@pytest.mark.skipif(not train_gpt2.can_pack_bfloat16(), reason="needs oneDNN and a processor on which it has bfloat16")
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_packed_weights_compute_the_same(activation):
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=97, block_size=24, n_layer=2, n_head=3, n_embd=48, activation=activation)
+    model, idx = GPT(config, init_std=0.2).eval(), torch.randint(97, (2, 24))
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p)  # biases of 0 and norms of 1 could be left out unnoticed
+    world = World(Settings(device="cpu", dtype="bfloat16"))
+    modules, acts = dict(model.named_modules()), [block.mlp.act for block in model.transformer.h]
+    with torch.no_grad():
+        exact = model(idx)[0]
+        with world.autocast(), train_gpt2.packed(model, world):
+            assert model.transformer.h[1].mlp.c_fc.packed
+            rough = model(idx)[0]
+        assert (rough - exact).norm() < 0.03 * exact.norm()
+        with pytest.raises(KeyError), train_gpt2.packed(model, world):
+            raise KeyError
+        assert [block.mlp.act for block in model.transformer.h] == acts and dict(model.named_modules()) == modules
+        assert torch.equal(model(idx)[0], exact)
+
+
 def weights_of(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
 

@@ -134,6 +134,7 @@ CASES = [
     train("--learning_rate=-1", "at least 0"), train("--min_lr=-1", "at least 0"),
     train("--weight_decay=-1", "at least 0"), train("--grad_clip=-1", "at least 0"),
     train("--warmup_steps=-1", "at least 0"), train("--max_minutes=0", "more than 0"),
+    train("--init_std=0", "more than 0"),
     train("--beta1=1", "below 1"), train("--beta2=-0.1", "at least 0"), train("--dropout=1", "below 1"),
     train("--n_embd=97", "divisible by n_head"), train("--n_embd=0", "n_embd"), train("--n_head=0", "n_head"),
     train("--n_layer=-1", "n_layer"), train("--n_layer=10000000", "1,024"), train("--n_embd=1048576", "GB"),

@@ -142,16 +142,42 @@ def test_the_future_is_hidden():
     assert not torch.allclose(before[0, 12:], after[0, 12:])
 
 
-def test_residual_projections_start_smaller():
-    model = GPT(GPTConfig(**SMALL | dict(n_embd=96, n_layer=8)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, out, with_bias", [((2, 5, 24), 97, False), ((2, 5, 24), 97, True), ((6, 24), 64, True),
+                                                   ((1, 1, 24), 3, False), ((4, 7, 1), 1, True)])
+def test_fast_products_and_their_gradients_are_those_of_torch(shape, out, with_bias, dtype):
+    torch.manual_seed(2)
+    ours = [torch.randn(shape), torch.randn(out, shape[-1])] + [torch.randn(out)] * with_bias
+    theirs = [t.double().requires_grad_() for t in ours]
+    ours = [t.requires_grad_() for t in ours]
+    seen = torch.randn(*shape[:-1], out)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        product = train_gpt2.linear(*ours)
+    expected = torch.nn.functional.linear(*theirs)
+    assert product.shape == expected.shape and product.dtype == dtype
+    (product.float() * seen).sum().backward()
+    (expected * seen.double()).sum().backward()
+    close = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits
+    pairs = [(product, expected)] + [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
+    for mine, right in pairs:
+        assert mine.shape == right.shape
+        assert (mine.double() - right).norm() <= close * right.norm()
+
+
+@pytest.mark.parametrize("spread", [{}, {"init_std": 0.08}])
+def test_residual_projections_start_smaller(spread):
+    std = spread.get("init_std", 0.02)
+    model = GPT(GPTConfig(**SMALL | dict(n_embd=96, n_layer=8)), **spread)
     block = model.transformer.h[0]
-    assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert block.mlp.c_fc.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(std / 4, rel=0.05)
 
 
-def test_sinusoids_have_the_size_of_embeddings_and_are_not_learned():
-    model = GPT(GPTConfig(**SMALL, pos_encoding="sinusoidal"))
-    assert model.transformer.wpe.weight.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+@pytest.mark.parametrize("spread", [{}, {"init_std": 0.08}])
+def test_sinusoids_have_the_size_of_embeddings_and_are_not_learned(spread):
+    model = GPT(GPTConfig(**SMALL, pos_encoding="sinusoidal"), **spread)
+    std = model.transformer.wte.weight.std().item()
+    assert model.transformer.wpe.weight.square().mean().sqrt().item() == pytest.approx(std, rel=0.05)
     assert model.num_parameters() == GPT(GPTConfig(**SMALL)).num_parameters() - 24 * 48
 
 
