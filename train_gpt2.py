@@ -1256,7 +1256,8 @@ def linear(x, weight, bias=None):
     out = len(weight)
     if x.is_cuda and out % 8:  # tensor cores want even numbers, 50,257 is odd: 47 rows of zeros make it 786 * 64
         return F.linear(x, F.pad(weight, (0, 0, 0, -out % 64)))[..., :out]  # and their logits are cut off again
-    if ON_X86 and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if ON_X86 and x.is_cpu and in_float32 and not torch.compiler.is_compiling():  # which does not know this way
         return Float32Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

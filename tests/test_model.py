@@ -164,6 +164,20 @@ def test_fast_products_and_their_gradients_are_those_of_torch(shape, out, with_b
         assert (mine.double() - right).norm() <= close * right.norm()
 
 
+def test_compiled_products_are_left_to_the_compiler():
+    """torch.compile's code generator fails at oneDNN's operation, so its graph must hold a plain product."""
+    seen = []
+
+    def look(graph, inputs):
+        seen.append(graph.code)
+        return graph.forward
+
+    x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(97, 24, requires_grad=True)
+    product = torch.compile(train_gpt2.linear, backend=look)(x, weight)
+    assert torch.allclose(product, x @ weight.t(), atol=1e-5)
+    assert len(seen) == 1 and "nn.linear(" in seen[0]
+
+
 @pytest.mark.parametrize("spread", [{}, {"init_std": 0.08}])
 def test_residual_projections_start_smaller(spread):
     std = spread.get("init_std", 0.02)
