@@ -141,7 +141,8 @@ PRESETS = {
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
-# In the comments on shapes: B rows in a batch, T tokens in a row, C = n_embd, V = vocab_size.
+# In the comments on shapes: B rows in a batch, T tokens in a row, C = n_embd, V = vocab_size. Linear is nn.Linear, and
+# linear F.linear, by the fastest product that the machine has (Part 2).
 
 
 @dataclass
