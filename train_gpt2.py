@@ -2096,9 +2096,8 @@ class Run:
                                    ("ln", "norms"))]
         print(f"model: {parameters:,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide")
         print(f"       {', '.join(parts)}")
-        spread = s.init_std**2 * s.n_embd / 2  # half the variance of the first logits: of normed x times embeddings
-        print(f"       {V:,} tokens, so expect a first loss near ln {V:,} = {math.log(V):.2f}"
-              + (f", and {spread:.2f} more, as the first logits are spread so wide" if spread > 0.2 else ""))
+        above = ", or somewhat above, with first weights so large" if s.init_std > 0.02 else ""
+        print(f"       {V:,} tokens, so expect a first loss near ln {V:,} = {math.log(V):.2f}{above}")
         print(f"machine: {self.machine}")
         print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once")
         print(f"plan: {s.max_steps:,} steps, {short(tokens / s.max_steps)} tokens each, {short(tokens)} in all: "
