@@ -1281,24 +1281,44 @@ def packed(model, world):
     packed its way, with each activation done by the product before it: 1.2 to 1.4 times as fast."""
     able = world.device.type == "cpu" and world.dtype == torch.bfloat16 and can_pack_bfloat16()
     blocks = model.transformer.h if able else []
-
-    def ready(module, then="none"):
-        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.bfloat16(), 512)
-        bias = module.bias.bfloat16()
-        return lambda x: onednn(x.bfloat16(), weight, bias, then)
-
     acts = [block.mlp.act for block in blocks]
     try:
         for block in blocks:
             for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
-                module.packed = ready(module)
-            block.mlp.c_fc.packed, block.mlp.act = ready(block.mlp.c_fc, model.config.activation), nn.Identity()
+                module.packed = product(module, 512, world.dtype)
+            block.mlp.c_fc.packed = product(block.mlp.c_fc, 512, world.dtype, model.config.activation)
+            block.mlp.act = nn.Identity()
         yield
     finally:
         for block, act in zip(blocks, acts, strict=True):
             block.mlp.act = act
             for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
                 module.packed = None
+
+
+def product(module, rows, dtype, then="none"):
+    """The product of a Linear, or with the tied embedding, for weights that stay as they are: a function from
+    x (..., in), of about `rows` rows in all, to (..., out), with "none", "relu" or "gelu" (tanh) done to the result.
+
+    Few rows take as long as it takes to read the weights. On a CPU F.linear reads a float32 matrix at 16 GB/s of the
+    memory's 53; oneDNN reads it at 35, and for a single row MKL, asked for many small products, at 41. In bfloat16
+    oneDNN is twice as fast once the weights are packed its way, for which a copy is made."""
+    act = {"none": lambda y: y, "relu": F.relu, "gelu": functools.partial(F.gelu, approximate="tanh")}[then]
+    weight, bias = module.weight.to(dtype), getattr(module, "bias", None)
+    bias = bias.to(dtype) if bias is not None else None
+    if not (weight.is_cpu and ON_X86) or dtype == torch.float16:
+        return lambda x: act(F.linear(x, weight, bias))
+    n = next(n for n in range(64, 0, -1) if len(weight) % n == 0)
+    if dtype == torch.float32 and rows == 1 and n >= 8:
+        pieces = weight.unflatten(0, (n, -1))  # (n, out / n, in), the same memory
+
+        def by_pieces(x):
+            y = torch.bmm(pieces, x.t().expand(n, -1, 1)).view(1, -1)  # n products, (out / n, in) @ (in, 1)
+            return act(y if bias is None else y + bias)
+        return by_pieces
+    if dtype == torch.bfloat16 and can_pack_bfloat16():
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: onednn(x.to(dtype), weight, bias, then)
 
 
 class Float32Product(torch.autograd.Function):
@@ -1368,51 +1388,33 @@ class KVCache:
         return x[:, -1:]
 
 
-def products(model, rows):
-    """A function product(x, module): x (rows, in) times the weights of a Linear or of the tied embedding, plus its
-    bias. So few rows take as long as it takes to read the weights. On a CPU F.linear reads a float32 matrix at 16 GB/s
-    of the memory's 53; oneDNN reads it at 35, and for a single row MKL, asked for many small products, at 41. With
-    bfloat16 oneDNN is twice as fast once the weights are packed its way, for which a copy is made."""
-    wte = model.transformer.wte
-    modules = [wte, *(module for module in model.modules() if isinstance(module, nn.Linear))]
-    if not (wte.weight.is_cpu and ON_X86) or wte.weight.dtype == torch.float16:
-        return lambda x, module: F.linear(x, module.weight, getattr(module, "bias", None))
-    ready = {}  # {module: (weights, bias, whether they are pieces)}
-    for module in modules:
-        weight, n = module.weight, next(n for n in range(64, 0, -1) if len(module.weight) % n == 0)
-        if wte.weight.dtype == torch.bfloat16 and can_pack_bfloat16():
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        elif wte.weight.dtype == torch.float32 and rows == 1 and n >= 8:
-            weight = weight.unflatten(0, (n, -1))  # (n, out / n, in), the same memory
-        ready[module] = weight, getattr(module, "bias", None), weight.layout == torch.strided and weight.dim() == 3
+def token_reader(model, rows):
+    """A function read(token, cache): model(token, cache=cache) for one new token of each row, token (rows, 1) -> logits
+    (rows, V), written out, with all that stays the same looked up beforehand: for so little work the way through
+    modules would take a third of the time."""
+    def norm(module):
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
-    def product(x, module):
-        weight, bias, in_pieces = ready[module]
-        if in_pieces:
-            y = torch.bmm(weight, x.t().expand(len(weight), -1, 1)).view(1, -1)  # n products, (out / n, in) @ (in, 1)
-            return y if bias is None else y + bias
-        return onednn(x, weight, bias)
-    return product
+    parts, n_head, then = model.transformer, model.config.n_head, model.config.activation
+    wte, wpe, dtype = parts.wte.weight, parts.wpe.weight, parts.wte.weight.dtype
+    layers = [(block.attn, norm(block.ln_1), product(block.attn.c_attn, rows, dtype),
+               product(block.attn.c_proj, rows, dtype), norm(block.ln_2),
+               product(block.mlp.c_fc, rows, dtype, then), product(block.mlp.c_proj, rows, dtype)) for block in parts.h]
+    ln_f, unembed = norm(parts.ln_f), product(parts.wte, rows, dtype)
 
-
-def read_token(model, token, cache, product):
-    """model(token, cache=cache) for one new token of each row, token (B, 1) -> logits (B, V), written out: for so
-    little work the way through modules would take a third of the time."""
-    def norm(x, module):
-        return torch.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-
-    parts, n_head = model.transformer, model.config.n_head
-    x = parts.wte.weight[token[:, 0]] + parts.wpe.weight[cache.length]  # (B, C)
-    B, C = x.shape
-    for block in parts.h:
-        attn, mlp = block.attn, block.mlp
-        q, k, v = product(norm(x, block.ln_1), attn.c_attn).view(B, 3, n_head, 1, C // n_head).unbind(1)
-        keys, values = cache.extend(attn, k, v)
-        y = attend(q.to(keys.dtype), keys, values, flash=attn.flash)  # (B, n_head, 1, head_dim)
-        x = x + product(y.reshape(B, C).to(x.dtype), attn.c_proj)
-        x = x + product(mlp.act(product(norm(x, block.ln_2), mlp.c_fc)), mlp.c_proj)
-    cache.length += 1
-    return product(norm(x, parts.ln_f), parts.wte)
+    def read(token, cache):
+        x = wte[token[:, 0]] + wpe[cache.length]  # (B, C)
+        B, C = x.shape
+        for attn, ln_1, to_qkv, from_heads, ln_2, widen, narrow in layers:
+            q, k, v = to_qkv(ln_1(x)).view(B, 3, n_head, 1, C // n_head).unbind(1)
+            keys, values = cache.extend(attn, k, v)
+            y = attend(q.to(keys.dtype), keys, values, flash=attn.flash)  # (B, n_head, 1, head_dim)
+            x = x + from_heads(y.reshape(B, C).to(dtype))
+            x = x + narrow(widen(ln_2(x)))
+        cache.length += 1
+        return unembed(ln_f(x))
+    return read
 
 
 def encode_prompt(model, text):
@@ -1434,7 +1436,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     generator = torch.Generator(idx.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     context, B = model.config.block_size, len(idx)
-    product = products(model, B)
+    read_token = token_reader(model, B)
     was_training = model.training
     model.eval()
     try:
@@ -1449,7 +1451,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
                 if (fresh == fresh[:1]).all():  # samples of one prompt: read it once
                     fresh = fresh[:1]
             if cache.length:
-                logits = read_token(model, fresh, cache, product).float()  # (B, V)
+                logits = read_token(fresh, cache).float()  # (B, V)
             else:
                 logits = model(fresh, cache=cache)[0][:, -1].float().expand(B, -1)
             fresh = pick(logits, temperature, top_k, top_p, generator)  # (B, 1)

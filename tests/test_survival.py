@@ -25,6 +25,7 @@ from test_training import log_of, losses, same_bytes
 import train_gpt2
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
+IMPORTED_BY = os.getpid()
 CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 
 
@@ -32,11 +33,17 @@ CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "s
 def processes():
     """Children begin with everything imported: forked from a process that has done nothing else. One thread each, as
     small models like it and several processes at once need it."""
-    if os.name == "posix":
-        CONTEXT.set_forkserver_preload(["test_survival"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        if os.name == "posix":
+            CONTEXT.set_forkserver_preload(["test_survival"])
+            # Before Python 3.14 that process is not told our sys.path, and skips in silence what it does not find
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            first = CONTEXT.Process(target=begins_with_everything)
+            first.start()
+            first.join()
+            assert first.exitcode == 0
         patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # saves half a second, and in float16 a minute
         yield
     torch.set_num_threads(threads)
@@ -48,6 +55,11 @@ def tiny_run(stories, tmp_path):
     return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2", "--n_embd=16",
             "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2", "--max_steps=40", "--warmup_steps=5",
             "--eval_every=6", "--eval_tokens=1000", "--sample_every=20", "--checkpoint_every=7", "--log_every=1"]
+
+
+def begins_with_everything():
+    """In a child: exit status 1 if this file had to be imported anew."""
+    sys.exit(IMPORTED_BY == os.getpid())
 
 
 def act(argv, output, environment, patch):
