@@ -24,7 +24,6 @@ from train_gpt2 import (
     UserError,
     encode_prompt,
     keep_memory,
-    load_checkpoint,
     model_from,
     parse_settings,
     pick_device,
@@ -70,14 +69,13 @@ def check_settings(s):
         if value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value}: it must be " + (f"at least {least}" if value < least else
                                                                  f"at most {most}"))
-    if s.top_p is not None and not 0 < s.top_p <= 1:
-        raise UserError(f"top_p is {s.top_p}: it must be above 0 and at most 1")
-    if s.checkpoint and s.init_from:
-        raise UserError("checkpoint and init_from both name a model: leave one out")
-    if s.explain and s.num_samples > 1:
-        raise UserError("explain shows one text: leave out num_samples")
-    if s.interactive and s.prompt:
-        raise UserError("interactive asks for its prompts: leave out the prompt")
+    for wrong, why in (
+            (s.top_p is not None and not 0 < s.top_p <= 1, f"top_p is {s.top_p}: it must be above 0 and at most 1"),
+            (s.checkpoint and s.init_from, "checkpoint and init_from both name a model: leave one out"),
+            (s.explain and s.num_samples > 1, "explain shows one text: leave out num_samples"),
+            (s.interactive and s.prompt, "interactive asks for its prompts: leave out the prompt")):
+        if wrong:
+            raise UserError(why)
 
 
 def read_prompt(prompt):
@@ -193,13 +191,10 @@ def converse(model, s):
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
     check_settings(s)
-    for output in (sys.stdout, sys.stderr):  # Windows would write a redirected text in an alphabet of 256 signs
-        if hasattr(output, "reconfigure"):
-            output.reconfigure(encoding="utf-8", errors="replace")
     keep_memory()
     device = pick_device(s.device)
     where = s.init_from or s.checkpoint or newest_checkpoint()
-    model = model_from(read_model(where) if s.init_from else load_checkpoint(where))
+    model = model_from(read_model(where))
     if s.export:
         model.save_pretrained(s.export)
         print(f"{s.export} is ready: AutoModelForCausalLM.from_pretrained({s.export!r})")

@@ -117,8 +117,7 @@ PRESETS = {
     "shakespeare_char": _CHARS | dict(  # for one GPU; 80 epochs of 1 MB: dropout keeps it from learning them by heart
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000, warmup_steps=100,
         learning_rate=1e-3, min_lr=1e-4, eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
-    "shakespeare_cpu": _CHARS | dict(  # the fastest way to a loss of 1.88 among some 70 that were tried. The most
-        # was gained by larger first weights (with 0.02 it took 900 steps), then by a shorter average (beta1)
+    "shakespeare_cpu": _CHARS | dict(  # of some 70 tried the fastest to 1.88, thanks to larger first weights above all
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, batch_size=16, max_steps=620, warmup_steps=50,
         learning_rate=6e-3, beta1=0.75, beta2=0.98, eval_every=310, sample_every=310, checkpoint_every=310),
     "tinystories_char": dict(  # so small that a CPU takes minutes: 5 million characters of it are read
@@ -230,16 +229,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def sinusoids(block_size, n_embd, std):
-    """(block_size, n_embd): sines and cosines of falling frequency (Attention paper, section 3.5), scaled to the spread
-    of the embeddings they are added to: at their own size of 1 they would drown embeddings of 0.02, and the model
-    would learn nothing beyond the frequencies of tokens."""
-    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
-    frequency = 10_000 ** (-torch.arange(0, n_embd, 2, dtype=torch.float32) / n_embd)  # (C/2,)
-    angle = position * frequency  # (T, C/2)
-    return std * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # a sine's rms is 1/sqrt(2)
-
-
 class GPT(nn.Module):
     """GPT-2: token ids in, for each position the logits of the next token out.
 
@@ -324,8 +313,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device="cpu"):
-        """OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or those in a folder that transformers or
-        save_pretrained wrote. Raises UserError where they cannot be had, or are no GPT-2."""
+        """OpenAI's weights by name (gpt2 .. gpt2-xl), or a folder of transformers'. Raises UserError if it is none."""
         return model_from(read_pretrained(name), device)
 
     def save_pretrained(self, folder):
@@ -339,76 +327,28 @@ class GPT(nn.Module):
 class ShardedLoader:
     """Rows of tokens from a folder of shards, which stay on disk and are mapped into memory.
 
-    Row number g is a pure function of (seed, g, the shards, block_size): `batch(rows)` needs no state, so a
-    run can stop and go on anywhere, on any number of processes. Each epoch sees every row once: shards in shuffled
-    order and rows shuffled inside a shard. `rows="stream"` cuts the tokens every block_size, beginning at another
-    place each epoch; `rows="documents"` gives each document its own row. seed=None keeps the order of the text, for
-    evaluation. Raises UserError where the folder holds no such shards or too few tokens for one row."""
+    Row number g is a pure function of (seed, g, the shards, block_size): `batch(rows)` needs no state, so a run can
+    stop and go on anywhere, on any number of processes. Each epoch sees every row once, in another order (RowIndex).
+    `rows="stream"` cuts the tokens every block_size, from another place each epoch; `rows="documents"` gives each
+    document its own row. seed=None keeps the order of the text, for evaluation. Raises UserError where the folder
+    holds no such shards or too few tokens for one row."""
 
     def __init__(self, data_dir, split, block_size, rows="stream", seed=None, vocab_size=50257, eot=50256):
-        self.paths = shard_paths(data_dir)[split]
+        self.block_size, self.vocab_size, self.paths = block_size, vocab_size, shard_paths(data_dir)[split]
         self.shards = [read_shard(path) for path in self.paths]
-        self.block_size, self.seed, self.vocab_size, self.eot = block_size, seed, vocab_size, eot
-        self.documents = rows == "documents"
-        self.cut_documents = False  # is any document longer than a row?
-        if self.documents and eot is None:
+        if rows == "documents" and eot is None:
             raise UserError(f"{data_dir} is one text without <|endoftext|>: it has no documents; use --rows=stream")
-        self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
-        self.order = functools.lru_cache(maxsize=2)(self._order)
-        self.counts = [self._count(i) for i in range(len(self.shards))]
-        self.rows_per_epoch = sum(self.counts)
+        self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
+        self.rows_per_epoch = sum(self.rows.counts)
         if not self.rows_per_epoch:
             raise UserError(f"the {split} split in {data_dir} has {sum(map(len, self.shards)):,} tokens: too few for a "
                             f"row of block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more text")
-
-    def _count(self, shard):
-        """Rows of a shard in every epoch. A stream in training keeps one row's length free to shift its cuts."""
-        if self.documents or self.seed is None:
-            return len(self.cuts(0, shard)[0])
-        fit = (len(self.shards[shard]) - 1) // self.block_size
-        return fit - 1 if fit > 1 else fit
-
-    def _cuts(self, epoch, shard):
-        """Where the rows of a shard begin and how many targets each has, in the order of this epoch."""
-        n, T = len(self.shards[shard]), self.block_size
-        if self.documents:
-            starts, lengths, longer = cut_documents(self.shards[shard], self.eot, T)
-            self.cut_documents |= longer
-        elif self.seed is None:
-            starts = np.arange(0, n - 1, T)
-            lengths = np.minimum(T, n - 1 - starts)
-        else:
-            count = self._count(shard)
-            # The row kept free by _count is dealt out before the first cut and behind the last, differently each epoch
-            starts = self.rng(epoch, shard, 0).integers(0, min(T, n - count * T)) + T * np.arange(count)
-            lengths = np.full(count, T)
-        if self.seed is not None:
-            order = self.rng(epoch, shard, 1).permutation(len(starts))
-            starts, lengths = starts[order], lengths[order]
-        return starts, lengths
-
-    def _order(self, epoch):
-        """The numbers of the shards in the order of this epoch."""
-        shards = len(self.shards)
-        return list(range(shards)) if self.seed is None else self.rng(epoch).permutation(shards).tolist()
-
-    def rng(self, *key):
-        return np.random.default_rng([self.seed, *key])
-
-    def locate(self, row):
-        """Row number -> (shard, first token, number of targets)."""
-        epoch, row = divmod(row, self.rows_per_epoch)
-        for shard in self.order(epoch):
-            if row < self.counts[shard]:
-                starts, lengths = self.cuts(epoch, shard)
-                return shard, int(starts[row]), int(lengths[row])
-            row -= self.counts[shard]
 
     def batch(self, rows):
         """For a list of row numbers: inputs and targets, both (B, T) int64 tensors, T the longest of these rows,
         rounded up to a multiple of 16. Each target is the token after its input; past the end of a shorter row targets
         are -1, which the loss ignores."""
-        places = [self.locate(row) for row in rows]
+        places = [self.rows.locate(row) for row in rows]
         longest = max(length for _, _, length in places)
         T = min(self.block_size, -(-longest // 16) * 16)  # for few different lengths: libraries keep a kernel for each
         x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64)
@@ -455,8 +395,6 @@ def train(s, world):
     data = open_data(s.data_dir)
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
-    if s.eval_only:
-        return report_evaluation(raw_model, s, world, data)
     validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
     plan = plan_batch(s, world)
     optimizer = make_optimizer(raw_model, s, world.device)
@@ -472,10 +410,7 @@ def train(s, world):
         fit_in_memory(model, plan, s, world)
     run.announce(plan, loader)
 
-    def make(step):
-        return step_batches(loader, step, plan, world)
-
-    with run.interruptible(), contextlib.closing(prefetch(make, start, s.max_steps)) as batches:
+    with run.interruptible(), contextlib.closing(prefetch(loader, plan, world, start, s.max_steps)) as batches:
         for step in range(start, s.max_steps + 1):
             # One pass more than there are steps: the last weights too are evaluated and saved
             last = step == s.max_steps or run.time_used >= 1
@@ -531,8 +466,8 @@ def reports_mistakes(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a Windows code page lacks most characters: print ? for them
-                stream.reconfigure(errors="replace")
+            if hasattr(stream, "reconfigure"):  # Windows would write redirected text in a code page of 256 characters
+                stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             return main(argv)
         except UserError as error:
@@ -891,7 +826,7 @@ GPT2_TOKENS = "e424375bafc3"
 def read_model(where, look=False):
     """What load_checkpoint returns, of a checkpoint, an OpenAI name or a folder of Hugging Face's; with look=True
     only its config can be relied on."""
-    if where in OPENAI_NAMES or Path(where).is_dir():
+    if where in OPENAI_NAMES or os.path.isdir(where):  # not Path.is_dir, which fails where a name is too long
         return read_pretrained(where, look)
     return load_checkpoint(where, look)
 
@@ -911,7 +846,7 @@ def read_pretrained(name, look=False):
     weights. Nothing in it is run, and shapes are checked before anything of their size is allocated. Raises UserError
     for everything that is no GPT-2."""
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if name not in OPENAI_NAMES:
             raise UserError(f"there is no folder {name}, and OpenAI's models are called {', '.join(OPENAI_NAMES)}")
         folder = download(name, look)
@@ -1504,7 +1439,7 @@ def evaluate(model, loader, s, world, data):
     began, count = time.perf_counter(), loader.rows_per_epoch
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
-    whole = loader.documents and not loader.cut_documents and count == loader.rows_per_epoch
+    whole = s.rows == "documents" and not loader.rows.cut_documents and count == loader.rows_per_epoch
     floor = data.meta.get("entropy_floor") if whole else None
     skills = data.meta["skills"] if floor and data.skills is not None else {}  # {name: its part of the floor}
     sizes = [len(shard) for shard in loader.shards]
@@ -1518,7 +1453,8 @@ def evaluate(model, loader, s, world, data):
             x, y = loader.batch(batches[i])
             logits, _ = model(x.to(world.device))
             nats, known = token_losses(logits, y)[y != -1], y[y != -1]  # (tokens,), row after row
-            label = np.concatenate([labels[n][at + 1:at + 1 + size] for n, at, size in map(loader.locate, batches[i])])
+            places = map(loader.rows.locate, batches[i])
+            label = np.concatenate([labels[shard][at + 1:at + 1 + size] for shard, at, size in places])
             by_skill = np.bincount(label, nats.double(), minlength=max(1, len(skills)))
             sums[i] = torch.tensor([len(known), data.token_bytes[known].sum(), *by_skill])
     model.train()
@@ -1631,8 +1567,11 @@ def in_words(found):
     return f"{text}; perplexity {math.exp(min(found['loss'], 700)):.2f}, {found['bits_per_byte']:.3f} bits per byte"
 
 
-def report_evaluation(model, s, world, data):
-    """Prints what --eval_only=True finds out; returns the exit status."""
+def report_evaluation(s, world):
+    """In the place of train(): prints what --eval_only=True finds out; returns the exit status."""
+    data = open_data(s.data_dir)
+    model = build_model(s, data, world)
+
     def say(name, found):
         if world.main and found:
             print(f"{s.init_from} on {s.data_dir}: {name} {in_words(found)}")
@@ -1838,7 +1777,7 @@ def step_batches(loader, s, plan, world):
     """The part of step s's batch that falls to this process: a list of (x, y) micro-batches, and the number of targets
     in the whole step, which every process works out alike."""
     first = s * plan.rows_per_step
-    targets = sum(loader.locate(row)[2] for row in range(first, first + plan.rows_per_step))
+    targets = sum(loader.rows.locate(row)[2] for row in range(first, first + plan.rows_per_step))
     share = plan.rows_per_step // world.size
     mine = [first + world.rank * share + i for i in range(share)]
     batches = [loader.batch(mine[i:i + plan.micro_rows]) for i in range(0, share, plan.micro_rows)]
@@ -1847,8 +1786,10 @@ def step_batches(loader, s, plan, world):
     return [(x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)) for x, y in batches], targets
 
 
-def prefetch(make, start, stop):
-    """Yields make(start), make(start + 1), ...: a thread prepares each while the one before is being used."""
+def prefetch(loader, plan, world, start, stop):
+    """Yields the batches of the steps from `start` on: a thread prepares each while the one before is being used."""
+    def make(step):
+        return step_batches(loader, step, plan, world)
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(make, start)
         for s in range(start, stop):
@@ -1856,6 +1797,69 @@ def prefetch(make, start, stop):
             if s + 1 < stop:
                 future = pool.submit(make, s + 1)
             yield ready
+
+
+class RowIndex:
+    """Which tokens are row number g? `shards` are arrays of tokens; with `eot` rows are documents. Shards are shuffled,
+    and rows inside a shard: so an epoch reads one file after another, and its order takes no memory to speak of."""
+
+    def __init__(self, shards, block_size, seed, eot):
+        self.shards, self.block_size, self.seed, self.eot = shards, block_size, seed, eot
+        self.cut_documents = False  # is any document longer than a row?
+        self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+        self.counts = [self._count(i) for i in range(len(shards))]
+
+    def locate(self, row):
+        """Row number -> (shard, first token, number of targets)."""
+        epoch, row = divmod(row, sum(self.counts))
+        for shard in self.order(epoch):
+            if row < self.counts[shard]:
+                starts, lengths = self.cuts(epoch, shard)
+                return shard, int(starts[row]), int(lengths[row])
+            row -= self.counts[shard]
+
+    def _order(self, epoch):
+        """The numbers of the shards in the order of this epoch."""
+        shards = len(self.shards)
+        return list(range(shards)) if self.seed is None else self._rng(epoch).permutation(shards).tolist()
+
+    def _rng(self, *key):
+        return np.random.default_rng([self.seed, *key])
+
+    def _count(self, shard):
+        """Rows of a shard in every epoch. A stream in training keeps one row's length free to shift its cuts."""
+        if self.eot is not None or self.seed is None:
+            return len(self.cuts(0, shard)[0])
+        fit = (len(self.shards[shard]) - 1) // self.block_size
+        return fit - 1 if fit > 1 else fit
+
+    def _cuts(self, epoch, shard):
+        """Where the rows of a shard begin and how many targets each has, in the order of this epoch."""
+        n, T = len(self.shards[shard]), self.block_size
+        if self.eot is not None:
+            starts, lengths, longer = cut_documents(self.shards[shard], self.eot, T)
+            self.cut_documents |= longer
+        elif self.seed is None:
+            starts = np.arange(0, n - 1, T)
+            lengths = np.minimum(T, n - 1 - starts)
+        else:
+            count = self._count(shard)
+            # The row kept free by _count is dealt out before the first cut and behind the last, differently each epoch
+            starts = self._rng(epoch, shard, 0).integers(0, min(T, n - count * T)) + T * np.arange(count)
+            lengths = np.full(count, T)
+        if self.seed is not None:
+            order = self._rng(epoch, shard, 1).permutation(len(starts))
+            starts, lengths = starts[order], lengths[order]
+        return starts, lengths
+
+    def targets_before(self, row):
+        """How many targets the rows 0 to row - 1 hold."""
+        if self.eot is None:
+            return row * self.block_size
+        epochs, rest = divmod(row, sum(self.counts))
+        whole = sum(int(self.cuts(0, shard)[1].sum()) for shard in range(len(self.shards)))
+        return epochs * whole + sum(self.locate(row - 1 - i)[2] for i in range(rest))
 
 
 def cut_documents(tokens, eot, T):
@@ -1869,13 +1873,14 @@ def cut_documents(tokens, eot, T):
     return starts, np.minimum(T, np.repeat(marks[1:], pieces) - starts), bool((pieces > 1).any())
 
 
-def targets_before(loader, row):
-    """How many targets the rows 0 to row - 1 hold."""
-    if not loader.documents:
-        return row * loader.block_size
-    epochs, rest = divmod(row, loader.rows_per_epoch)
-    whole = sum(int(loader.cuts(0, shard)[1].sum()) for shard in range(len(loader.shards)))
-    return epochs * whole + sum(loader.locate(epochs * loader.rows_per_epoch + i)[2] for i in range(rest))
+def sinusoids(block_size, n_embd, std):
+    """(block_size, n_embd): sines and cosines of falling frequency (Attention paper, section 3.5), scaled to the spread
+    of the embeddings they are added to: at their own size of 1 they would drown embeddings of 0.02, and the model
+    would learn nothing beyond the frequencies of tokens."""
+    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
+    frequency = 10_000 ** (-torch.arange(0, n_embd, 2, dtype=torch.float32) / n_embd)  # (C/2,)
+    angle = position * frequency  # (T, C/2)
+    return std * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # a sine's rms is 1/sqrt(2)
 
 
 def check_shape(config):
@@ -2080,7 +2085,7 @@ class Run:
     def announce(self, plan, loader):
         """Says what is about to happen, and where the plan is poor."""
         s, world, model, V = self.s, self.world, self.model, self.model.config.vocab_size
-        self.tokens = targets_before(loader, self.start * plan.rows_per_step)
+        self.tokens = loader.rows.targets_before(self.start * plan.rows_per_step)
         self.epochs = lambda step: step * plan.rows_per_step / loader.rows_per_epoch
         own = PRESETS[s.preset].get("data_dir", Settings.data_dir) == s.data_dir
         self.lines = self.data.meta.get("landmarks", {}) | (TARGETS.get(s.preset, {}) if own else {})
@@ -2092,7 +2097,7 @@ class Run:
         self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
         parameters, operations, epochs = model.num_parameters(), operations_per_token(model), self.epochs(s.max_steps)
         in_rows = loader.rows_per_epoch * s.block_size
-        tokens = epochs * (sum(len(shard) - 1 for shard in loader.shards) if loader.documents else in_rows)
+        tokens = epochs * (sum(len(shard) - 1 for shard in loader.shards) if s.rows == "documents" else in_rows)
         parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
                  for key, part in (("wte", "embeddings"), ("wpe", "positions"), ("attn", "attention"), ("mlp", "MLPs"),
                                    ("ln", "norms"))]
@@ -2443,7 +2448,7 @@ def main(argv=None):
             changed = " ".join(f"{name}={value}" for name, value in changes.items() if name != "preset")
             print(f"preset {s.preset}: {changed or 'as it stands'}")
         prepare_stories(s, world)
-        return train(s, world)
+        return report_evaluation(s, world) if s.eval_only else train(s, world)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             accumulated = max(1, s.total_batch_size // (s.batch_size * s.block_size))

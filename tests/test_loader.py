@@ -12,7 +12,6 @@ from train_gpt2 import (
     open_data,
     read_shard,
     shard_paths,
-    targets_before,
     write_shard,
 )
 
@@ -93,7 +92,8 @@ def test_documents_get_their_own_rows(tmp_path):
     for epoch in range(3):
         _, y = train.batch(range(4 * epoch, 4 * epoch + 4))
         assert sorted(map(tuple, y.tolist())) == [(1, 2, 3, eot), (4, eot, -1, -1), (5, 6, 7, 8), (9, 10, eot, -1)]
-    assert targets_before(train, 4) == 13 and targets_before(train, 9) == 26 + train.locate(8)[2]
+    assert train.rows.targets_before(4) == 13
+    assert train.rows.targets_before(9) == 26 + train.rows.locate(8)[2]
 
 
 @pytest.mark.parametrize("change, message", [

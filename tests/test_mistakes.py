@@ -160,8 +160,9 @@ CASES = [
     # settings of sample.py, and prompts
     write("--temperature=-1", "at least 0"), write("--top_k=0", "at least 1"), write("--num_samples=0", "at least 1"),
     write("--max_new_tokens=0", "at least 1"), write("--seed=-1", "at least 0"), write("--device=abacus", "device"),
-    write("--checkpoint=nowhere.pt", "no checkpoint"), write("--checkpoint=.", "checkpoint"),
-    write("--checkpoint=" + "x" * 5000, "no checkpoint"), write("--strat=x", "no setting"), write("a b", "no option"),
+    write("--checkpoint=nowhere.pt", "no checkpoint"), write("--checkpoint=.", "name the best.pt"),
+    write("--checkpoint=" + "x" * 5000, "no checkpoint"), write("--init_from=" + "x" * 5000, "no checkpoint"),
+    write("--strat=x", "no setting"), write("a b", "no option"),
     write("axe --checkpoint=out/abc/best.pt", "has no 'x'"), write("", "train one with", remove, "out"),
     # folders
     train("--data_dir=nowhere", "prepare_data.py"), train("--data_dir=tales.txt", "no data"),
