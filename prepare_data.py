@@ -47,6 +47,7 @@ from train_gpt2 import (
     SPLIT_PATTERN,
     Tokenizer,
     UserError,
+    check_ranges,
     parse_settings,
     read_shard,
     reports_mistakes,
@@ -72,7 +73,7 @@ class Settings:
 
 # ---- The embedded stories --------------------------------------------------------------------------------------------
 # A story is a series of independent choices, each uniform among its options, so that its probability is exactly
-# 1 / (product of the numbers of options): see `entropy`. Different choices never give the same text, because every
+# 1 / (product of the numbers of options): see `tell`. Different choices never give the same text, because every
 # sentence tells its wording and each of its new words. A {word} is chosen where it appears first, recalled after that.
 
 STORIES = 12_000  # some 1,200 for validation; more would change nothing that a short run can notice
@@ -158,8 +159,8 @@ def story(choose):
     it is the caller's: chance for the corpus, every path in turn for a test.
 
     A sentence's first word is one of the choices, for it tells the wording, and so is a {word} where it appears first;
-    from then on it is recalled, and the hero's name tells the pronouns. nats = the sum of ln(number of options) over
-    what was chosen since the piece before."""
+    from then on it is recalled, at the beginning of a sentence too, and the hero's name tells the pronouns. nats = the
+    sum of ln(number of options) over what was chosen since the piece before."""
     nats, known, told, pieces = 0.0, {}, set(), []
 
     def pick(among):
@@ -321,7 +322,7 @@ def bpe_spec(merges):
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 HUB = {  # name: (repository on the Hugging Face hub, configuration)
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"), "tinystories": ("roneneldan/TinyStories", None)}
-SHARDS_ON_HUB = {"fineweb_shards": "kjj0/fineweb10B-gpt2", "fineweb_edu_shards": "kjj0/finewebedu10B-gpt2"}
+SHARDS_ON_HUB = {"fineweb_edu_shards": "kjj0/finewebedu10B-gpt2", "fineweb_shards": "kjj0/fineweb10B-gpt2"}
 USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}  # tokenizers; bpe for all others
 PIECE = 1 << 20  # bytes of a text file that are read at once
 
@@ -695,6 +696,7 @@ class Job:
         """Writes the next shard of a split and then, so that a kill in between does no harm, where to go on."""
         at = self.progress["splits"][split]
         number = at["shards"] + (split == "train")  # as llm.c counts: the first shard, 0, is the validation split
+        # A generator, also of a list: so write_shard takes the pieces one by one
         write_shard(self.folder / f"{self.name}_{split}_{number:06d}.bin", (piece for piece in pieces))
         at.update(shards=at["shards"] + 1, **where)
         self.save_progress()
@@ -826,21 +828,20 @@ def describe(folder, name, tokenizer, documents):
 def claim(folder, name, settings):
     """The progress of an unfinished preparation with these settings, or a new one's; None where all is done. Raises
     UserError where the folder holds anything else."""
-    def refuse_others(found):
-        for key, value in settings.items():
-            if found.get(key) != value:
-                difference = "from another text" if key == "dataset" else f"with {key}={found.get(key)}, not {value}"
-                raise UserError(f"{folder} holds data prepared {difference}: choose another --out_dir, or remove that "
-                                "folder")
     try:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        for finished in [file for file in ("meta.json", PROGRESS) if file in names][:1]:
+        finished = next((file for file in ("meta.json", PROGRESS) if file in names), None)
+        if finished:
             found = json.loads((folder / finished).read_text(encoding="utf-8"))
-            refuse_others(found["settings"])
-            if finished == "meta.json":
-                (folder / PROGRESS).unlink(missing_ok=True)
-                return None
-            return found
+            for key, value in settings.items():
+                if (there := found["settings"].get(key)) != value:
+                    difference = "from another text" if key == "dataset" else f"with {key}={there}, not {value}"
+                    raise UserError(f"{folder} holds data prepared {difference}: choose another --out_dir, or remove "
+                                    "that folder")
+            if finished == PROGRESS:
+                return found
+            (folder / PROGRESS).unlink(missing_ok=True)
+            return None
         ours = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.bin|\..*\.tmp")
         foreign = [file for file in names if not ours.fullmatch(file)]
         if names and (foreign or not all(file.endswith(".tmp") for file in names)):
@@ -924,11 +925,7 @@ def check_settings(s):
     """Raises UserError for a value out of range."""
     if not 0 < s.val_fraction < 1:
         raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
-    for name, least, most in (("shard_tokens", 2, 2**31 - 1), ("max_tokens", 2, 2**63), ("seed", 0, 2**63)):
-        value = getattr(s, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"{name} is {value:,}: it must be at least {least}" + (f" and at most {most:,}"
-                            if value > most else ""))
+    check_ranges(s, shard_tokens=(2, 2**31 - 1), max_tokens=(2, 2**63), seed=(0, 2**63))
     if s.tokenizer in ("auto", "bpe") and not 257 <= s.vocab_size <= 65_536:
         raise UserError(f"vocab_size is {s.vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
 

@@ -22,6 +22,7 @@ import torch
 
 from train_gpt2 import (
     UserError,
+    check_ranges,
     encode_prompt,
     keep_memory,
     model_from,
@@ -62,13 +63,8 @@ def newest_checkpoint():
 
 def check_settings(s):
     """Raises UserError for a value out of range."""
-    ranges = dict(num_samples=(1, 10_000), max_new_tokens=(1, 10**9), temperature=(0, 1e6), top_k=(1, 2**24),
-                  seed=(0, 2**63 - 1))
-    for name, (least, most) in ranges.items():
-        value = getattr(s, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"{name} is {value}: it must be " + (f"at least {least}" if value < least else
-                                                                 f"at most {most}"))
+    check_ranges(s, num_samples=(1, 10_000), max_new_tokens=(1, 10**9), temperature=(0, 1e6), top_k=(1, 2**24),
+                 seed=(0, 2**63 - 1))
     for wrong, why in (
             (s.top_p is not None and not 0 < s.top_p <= 1, f"top_p is {s.top_p}: it must be above 0 and at most 1"),
             (s.checkpoint and s.init_from, "checkpoint and init_from both name a model: leave one out"),
@@ -113,7 +109,7 @@ class Explainer:
     top_k and top_p change them."""
 
     def __init__(self, tokenizer, prompt):
-        self.tokenizer, self.ended, self.nats, self.bytes = tokenizer, False, 0.0, 0
+        self.tokenizer, self.nats, self.bytes = tokenizer, 0.0, 0
         self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"{prompt}\n{'token':<18}{'chance':>8}{'rank':>7}{'entropy':>9}   instead of", flush=True)
 
@@ -133,8 +129,8 @@ class Explainer:
             cell = f"\033[{32 if chance > 0.5 else 33 if chance > 0.1 else 31}m{cell}\033[0m"
         print(f"{cell}{chance:>8.1%}{rank:>7,}{entropy / math.log(2):>9.2f}   {others}", flush=True)
         self.nats -= logs[token].item()
-        self.ended = token == self.tokenizer.eot
-        self.bytes += 0 if self.ended else len(self.tokenizer.decode_bytes([token]))
+        if token != self.tokenizer.eot:
+            self.bytes += len(self.tokenizer.decode_bytes([token]))
 
     def end(self):
         if self.bytes:

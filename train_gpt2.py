@@ -4,7 +4,6 @@
     python train_gpt2.py --n_layer=2 --max_steps=500  # every setting below is also an option; --help lists them
     python train_gpt2.py --preset=gpt2                # GPT-2 124M, once `python prepare_data.py fineweb_edu` has run
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2      # the same run on eight GPUs
-    python train_gpt2.py --help
 
 Part 1 is the lesson: settings, the model, batches, the schedule and the optimizer, the loop. Part 2 is the machinery
 (formats, devices, checkpoints, the command line); skip it on a first reading.
@@ -72,9 +71,9 @@ class Settings:
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # cut the text every block_size tokens, or a document a row
     batch_size: int = 16  # rows that a process handles at once: lower it when memory runs out
-    block_size: int = 112  # tokens in a row: how far the model can look back; the longest story has 107
+    block_size: int = 112  # tokens in a row: how far the model looks back; the longest story takes 108, in 16s 112
     total_batch_size: int | None = None  # tokens per optimizer step over all processes; None: batch_size * block_size
-    grad_accum_steps: int | None = None  # another way to say it: total = batch_size * block_size * this
+    grad_accum_steps: int | None = None  # the same, said otherwise, and it wins: total = batch_size * block_size * this
     # the optimization
     max_steps: int = 1800  # optimizer steps in the whole run
     max_minutes: float | None = None  # end after so much time, the cosine too: for a session that is cut off
@@ -85,7 +84,7 @@ class Settings:
     beta1: float = 0.9  # how long Adam's average of gradients lasts: some 1 / (1 - beta1) steps
     beta2: float = 0.95  # and that of their squares (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # the longest gradient allowed (GPT-3 paper, appendix B); 0: any length
-    dropout: float = 0.0  # zeroes this share of activations in training; worth it where data is seen many times
+    dropout: float = 0.0  # share of numbers set to 0, others each step, so that none relies on one; for data seen often
     # the model
     n_layer: int = 3  # blocks, one after another
     n_head: int = 4  # attentions side by side in each
@@ -97,14 +96,13 @@ class Settings:
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
     eval_every: int = 100  # validation loss, picture and report
     eval_tokens: int | None = None  # validation tokens to look at each time; None: all, of which the floor speaks
-    sample_every: int = 600  # HellaSwag too, with GPT-2's tokens, once `python prepare_data.py hellaswag` has run
+    sample_every: int = 600  # a text; and HellaSwag, with GPT-2's tokens, once `prepare_data.py hellaswag` has run
     checkpoint_every: int = 300  # what a kill can cost, at most
     log_every: int = 20  # a line on the screen and in log.csv
 
 
-# Each preset lists what it changes. beta2 0.99 on characters: their steps are of few tokens, so that Adam's average of
-# squares is taken over more of them. The larger sisters of gpt2 take the rates of the GPT-3 paper, table 2.1.
-_CHARS = dict(data_dir="data/shakespeare", rows="stream", beta2=0.99)
+# Each preset lists what it changes. The larger sisters of gpt2 take the rates of the GPT-3 paper, table 2.1.
+_CHARS = dict(data_dir="data/shakespeare", rows="stream")
 _GPT2 = dict(
     data_dir="data/fineweb_edu", rows="stream", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
     total_batch_size=524_288,  # 2^19: GPT-3 paper, table 2.1, has 0.5M tokens a step for this size
@@ -116,7 +114,8 @@ PRESETS = {
     "stories": {},
     "shakespeare_char": _CHARS | dict(  # for one GPU; 80 epochs of 1 MB: dropout keeps it from learning them by heart
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000, warmup_steps=100,
-        learning_rate=1e-3, min_lr=1e-4, eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
+        learning_rate=1e-3, min_lr=1e-4, beta2=0.99,  # nanoGPT's, for steps of few tokens: a longer average
+        eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
     "shakespeare_cpu": _CHARS | dict(  # of some 70 tried the fastest to 1.88, thanks to larger first weights above all
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, batch_size=16, max_steps=620, warmup_steps=50,
         learning_rate=6e-3, beta1=0.75, beta2=0.98, eval_every=310, sample_every=310, checkpoint_every=310),
@@ -161,8 +160,8 @@ class GPTConfig:
 
 def attend(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1): every token takes a weighted mean of the values
-    of the tokens up to itself. q is (B, n_head, T, head_dim); k and v may be longer, when q continues them; returns
-    the shape of q."""
+    of the tokens up to itself. q is (B, n_head, T, head_dim), k and v (B, n_head, S, head_dim): S is T, or more where q
+    has only the last T of S tokens. Returns the shape of q."""
     T, S = q.size(-2), k.size(-2)
     # The CPU's fused kernel is the slower one in bfloat16: by 1.6 times on 2 rows of 1,024 tokens, 6 on 24 rows of 64
     if flash and not (q.is_cpu and q.dtype == torch.bfloat16):
@@ -172,7 +171,7 @@ def attend(q, k, v, dropout=0.0, flash=True):
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S); the root keeps their spread near 1
     # Above the diagonal lies the future, which must not help: e^-inf is a weight of 0
     scores = scores + torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(1 + S - T)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); each row adds up to 1
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); a row adds up to 1
     return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
 
 
@@ -191,7 +190,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         # (B, T, 3C) -> (B, T, 3, n_head, head_dim) -> (3, B, n_head, T, head_dim): q, k and v
-        if cache is not None:  # only when sampling: the keys and values of the tokens before these
+        if cache is not None:  # in sampling and HellaSwag: the keys and values of the tokens before these
             k, v = cache.extend(self, k, v)  # (B, n_head, tokens so far, head_dim)
         y = attend(q, k, v, self.dropout if self.training else 0.0, self.flash)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -214,8 +213,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. The sums leave a straight road for the gradient from the loss to the embeddings;
-    the norms stand on the side roads (GPT-2 paper, section 2.3), so that deep stacks train."""
+    """x + attention, then x + MLP. The sums leave a straight road for the gradient from the loss to the embeddings. A
+    norm brings the C numbers of a token to mean 0 and spread 1, then scales and shifts them as learned; it stands on
+    the side road (GPT-2 paper, section 2.3), for on the main one it would bend that gradient in every block."""
 
     def __init__(self, config):
         super().__init__()
@@ -230,11 +230,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: token ids in, for each position the logits of the next token out.
+    """GPT-2: token ids in; out, for each position, V logits: scores whose softmax says how likely each next token is.
 
-    `model(idx, targets)` takes (B, T) int64 ids and returns `(logits, loss)`: logits (B, T, vocab_size), and the mean
-    loss in nats a token over the targets that are not -1. Without targets the loss is None. Raises UserError for a
-    config that cannot be built and ValueError for rows longer than block_size."""
+    `model(idx, targets)` takes (B, T) int64 ids and returns `(logits, loss)`: logits (B, T, V), and the mean of
+    -ln(probability of the target), in nats a token, over the targets that are not -1. Without targets the loss is None.
+    Raises UserError for a config that cannot be built and ValueError for rows longer than block_size."""
 
     def __init__(self, config, init_std=0.02):
         super().__init__()
@@ -242,16 +242,16 @@ class GPT(nn.Module):
         self.config = config
         self.tokenizer = None  # from_checkpoint sets it; generate() needs it to take and return text
         self.starts_documents = False  # does a prompt need <|endoftext|> before it? True after rows="documents"
-        self.transformer = nn.ModuleDict(dict(
+        self.transformer = nn.ModuleDict(dict(  # all names are OpenAI's, so that their weights fit
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token ...
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # ... and one for each position
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # ... and for each position: attention sees no order
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd),
+            ln_f=nn.LayerNorm(config.n_embd),  # x has grown with every block (GPT-2 paper, section 2.3)
         ))
         # First weights: norms keep their ones, biases are 0, matrices random, as in the GPT paper, section 4.1. The
         # 2 * n_layer products that are added to x would make its spread grow with the root of their number; so they
-        # start smaller by that root (GPT-2 paper, section 2.3), and a deep model starts as calmly as a flat one.
+        # start smaller by that root (GPT-2 paper, section 2.3), and a deep model starts as calmly as a shallow one.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -267,21 +267,18 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # (T,)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C) + (T, C)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
-            x = cache.advance(x)  # when sampling, all that matters is what follows the last token: (B, 1, C)
-        logits = self.unembed(self.transformer.ln_f(x))  # (B, T, V)
+            x = cache.advance(x)  # only positions whose predictions are asked for: in sampling the last, (B, 1, C)
+        # How well does each token's embedding fit what the network wants to say? The matrix of embeddings serves twice
+        # (weight tying, Press & Wolf 2017): 39M parameters saved in GPT-2, and a better loss
+        logits = linear(self.transformer.ln_f(x), self.transformer.wte.weight)  # (B, T, V)
         if targets is None:
             return logits, None
         # float32: a mean over many tokens needs more than bfloat16's three digits
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-
-    def unembed(self, x):
-        """(B, T, C) -> (B, T, V): how well does each token's embedding fit what the network wants to say? The matrix
-        is the embedding's own (weight tying, Press & Wolf 2017): 38M parameters saved in GPT-2, and better loss."""
-        return linear(x, self.transformer.wte.weight)
 
     def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=None):
         """Text in, text out (with its prompt, ending before <|endoftext|>); or a (B, T) tensor of ids in and a
@@ -341,8 +338,7 @@ class ShardedLoader:
         self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
         self.rows_per_epoch = sum(self.rows.counts)
         if not self.rows_per_epoch:
-            raise UserError(f"the {split} split in {data_dir} has {sum(map(len, self.shards)):,} tokens: too few for a "
-                            f"row of block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more text")
+            raise UserError(f"{data_dir} has too few {split} tokens for a row of {block_size:,}: lower --block_size")
 
     def batch(self, rows):
         """For a list of row numbers: inputs and targets, both (B, T) int64 tensors, T the longest of these rows,
@@ -350,7 +346,7 @@ class ShardedLoader:
         are -1, which the loss ignores."""
         places = [self.rows.locate(row) for row in rows]
         longest = max(length for _, _, length in places)
-        T = min(self.block_size, -(-longest // 16) * 16)  # for few different lengths: libraries keep a kernel for each
+        T = min(self.block_size, -(-longest // 16) * 16)  # of few kinds: libraries set up a kernel for each
         x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64)
         for i, (shard, start, length) in enumerate(places):
             tokens = self.shards[shard][start:start + length + 1]
@@ -365,9 +361,9 @@ class ShardedLoader:
 
 
 def learning_rate(step, s, time_used=0.0):
-    """Linear warm-up, because Adam's first averages come from few gradients, then a cosine from learning_rate down to
-    min_lr (GPT paper, section 4.1): large steps to get there, small ones to settle. The cosine ends with the steps or,
-    where `time_used` (the share of max_minutes) is ahead of them, with the time."""
+    """Linear warm-up, because Adam's first averages come from few gradients and at the full rate would throw the fresh
+    weights about; then a cosine from learning_rate down to min_lr (GPT paper, section 4.1): large steps to get there,
+    small ones to settle. It ends with the steps, or with max_minutes where `time_used`, their share, is ahead."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
     progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)  # 0 -> 1
@@ -376,12 +372,14 @@ def learning_rate(step, s, time_used=0.0):
 
 
 def make_optimizer(model, s, device):
-    """AdamW (Loshchilov & Hutter 2019). Decay pulls the matrices towards 0, which keeps them from growing without need;
-    biases and norms are few and set the scale of things, so they are left alone."""
+    """AdamW (Loshchilov & Hutter 2019). Adam moves each number by lr * (average of its gradients) / (root of average of
+    their squares): by about lr, however large they are, so that one rate suits all. The W is for weight decay: the
+    matrices also shrink by lr * weight_decay of themselves, which keeps them from growing without need; biases and
+    norms are few and set the scale of things, so they are left alone."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
-    # fused: one kernel for all parameters rather than several for each
+    # eps keeps the root from 0 (GPT-3 paper, appendix B); fused: one kernel for all parameters, not several for each
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
 
@@ -391,7 +389,7 @@ def make_optimizer(model, s, device):
 
 def train(s, world):
     """The whole of training: read a batch, measure the loss, step downhill, again. `s` holds the settings, `world` the
-    devices and processes. Row s of the log describes the weights after s steps. Returns the exit status."""
+    devices and processes. Row n of the log describes the weights after n steps. Returns the exit status."""
     data = open_data(s.data_dir)
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
@@ -410,7 +408,7 @@ def train(s, world):
         fit_in_memory(model, plan, s, world)
     run.announce(plan, loader)
 
-    with run.interruptible(), contextlib.closing(prefetch(loader, plan, world, start, s.max_steps)) as batches:
+    with run.interruptible(), contextlib.closing(prefetch(loader, start, s.max_steps, plan, world)) as batches:
         for step in range(start, s.max_steps + 1):
             # One pass more than there are steps: the last weights too are evaluated and saved
             last = step == s.max_steps or run.time_used >= 1
@@ -421,7 +419,7 @@ def train(s, world):
             if last or (step and step % s.sample_every == 0):
                 run.show_sample(step)
             if last:
-                break
+                return run.finished(step)
 
             lr = learning_rate(step, s, run.time_used)
             for group in optimizer.param_groups:
@@ -433,22 +431,25 @@ def train(s, world):
                 # Seeded afresh, so that dropout too depends on nothing but the place in the run
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
                 # DDP averages the gradients of all processes when the last micro-batch is done, not before
-                with world.autocast(), world.accumulating(model, micro_step < len(micro_batches) - 1):
-                    _, loss = model(x, y)
+                with world.accumulating(model, micro_step < len(micro_batches) - 1):
+                    # Matrix products in world.dtype are several times as fast. Weights and optimizer stay float32,
+                    # for bfloat16's three digits would round most steps away
+                    with world.autocast():
+                        _, loss = model(x, y)
                     # A mean over this micro-batch becomes its share of the mean over the whole step, all processes'
                     loss = loss * ((y != -1).sum() / targets_in_step)
                     scaler.scale(loss * world.size).backward()  # times their number, by which DDP's average divides
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
-            # A rare batch can give a huge gradient; clipping keeps its direction and bounds the step
+            # A rare batch can give a huge gradient, which Adam's averages would remember for many steps; clipping
+            # bounds its length and keeps its direction
             grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             run.after_step(step, targets_in_step, loss_sum, lr, grad_norm)
             if run.stop_requested(step) and step + 1 < s.max_steps:
                 return run.stopped(step + 1)
-    return run.finished(step)
 
 
 # ======================================================================================================================
@@ -506,7 +507,7 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 class Tokenizer:
     """Text <-> token ids. `spec` is what meta.json and checkpoints keep of it, one of
     {"kind": "gpt2"}: OpenAI's 50,257 tokens, through tiktoken;
-    {"kind": "bpe", "ranks": [...]}: a hand-trained byte-level BPE, its tokens in order, a character for each byte;
+    {"kind": "bpe", "ranks": [...]}: a byte-level BPE by train_bpe, its tokens in order, a character for each byte;
     {"kind": "char", "alphabet": "..."}: the characters of one corpus.
     `eot` is the id of <|endoftext|>, None for char; it never comes out of encoding text. Raises UserError for a spec
     that is none of these, and where GPT-2's vocabulary cannot be loaded."""
@@ -850,9 +851,8 @@ def read_pretrained(name, look=False):
         if name not in OPENAI_NAMES:
             raise UserError(f"there is no folder {name}, and OpenAI's models are called {', '.join(OPENAI_NAMES)}")
         folder = download(name, look)
-    config = read_config(folder / "config.json")
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = {"rows": "documents"} if theirs.get("starts_documents") is True else {}
+    config, starts_documents = read_config(folder / "config.json")
+    settings = {"rows": "documents"} if starts_documents else {}
     found = {"config": config, "settings": settings, "tokenizer": None, "model": {}}
     if look:
         return found
@@ -868,8 +868,8 @@ def read_pretrained(name, look=False):
                 key = "transformer." + key.removeprefix("transformer.")
                 if key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which older files keep
                     continue
-                if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_floating_point():
-                    raise ValueError(f"{key} holds no weights")
+                if not is_plain(tensor.detach()):  # detached, a Parameter is a tensor
+                    raise ValueError
                 found["model"][key] = tensor.t() if key.endswith(TURNED) else tensor
         except Exception as error:  # a damaged file can fail in any of a dozen ways
             raise UserError(f"{path} holds no weights, or is damaged ({type(error).__name__})") from None
@@ -927,7 +927,8 @@ def weight_files(folder):
 
 
 def read_config(path):
-    """Our config for their config.json. Raises UserError for one that describes no GPT-2."""
+    """Our config for their config.json, and whether the model's prompts begin with <|endoftext|>, as ours note there.
+    Raises UserError for one that describes no GPT-2."""
     if not path.is_file():
         raise UserError(f"{path.parent} is no folder of Hugging Face's: it has no config.json (of a run's folder, name "
                         "the best.pt)")
@@ -946,7 +947,7 @@ def read_config(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe a GPT-2 ({type(error).__name__}: {error})") from None
     check_shape(GPTConfig(**sizes))
-    return dataclasses.asdict(GPTConfig(**sizes, activation=activation))
+    return dataclasses.asdict(GPTConfig(**sizes, activation=activation)), theirs.get("starts_documents") is True
 
 
 def byte_characters():
@@ -1073,8 +1074,7 @@ class World:
             torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
 
     def autocast(self):
-        """Matrix products in world.dtype, which are several times as fast; everything that adds up many numbers stays
-        float32, for bfloat16's three digits would swallow small terms of large sums."""
+        """Inside, matrix products are in world.dtype; norms, softmaxes and losses stay in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -1083,8 +1083,9 @@ class World:
         return model.no_sync() if self.size > 1 and more_to_come else contextlib.nullcontext()
 
     def reduce(self, tensor, largest=False):
-        """The sum of a tensor over all processes, or the largest, in place."""
+        """The sum of a tensor over all processes, or the largest; NCCL wants it on the GPU, and leaves it there."""
         if self.size > 1:
+            tensor = tensor.to(self.device)
             dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return tensor
 
@@ -1164,7 +1165,7 @@ def fit_in_memory(model, plan, s, world):
         except torch.OutOfMemoryError:
             failed = 1
         averages = None  # noqa: F841 - given back before the next try
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         if not world.reduce(torch.tensor(failed, device=world.device), largest=True).item():  # all or none
@@ -1190,8 +1191,8 @@ class Linear(nn.Linear):
 def linear(x, weight, bias=None):
     """F.linear, by a faster way where there is one: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     out = len(weight)
-    if x.is_cuda and out % 8:  # tensor cores want even numbers, 50,257 is odd: 47 rows of zeros make it 786 * 64
-        return F.linear(x, F.pad(weight, (0, 0, 0, -out % 64)))[..., :out]  # and their logits are cut off again
+    if x.is_cuda and out % 8:  # tensor cores are fast on multiples of 8 only: 47 rows of zeros make GPT-2's 50,257
+        return F.linear(x, F.pad(weight, (0, 0, 0, -out % 64)))[..., :out]  # 786 * 64; their logits are cut off again
     in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if ON_X86 and x.is_cpu and in_float32 and not torch.compiler.is_compiling():  # which does not know this way
         return Float32Product.apply(x, weight, bias)
@@ -1336,7 +1337,7 @@ def token_reader(model, rows):
     layers = [(block.attn, norm(block.ln_1), product(block.attn.c_attn, rows, dtype),
                product(block.attn.c_proj, rows, dtype), norm(block.ln_2),
                product(block.mlp.c_fc, rows, dtype, then), product(block.mlp.c_proj, rows, dtype)) for block in parts.h]
-    ln_f, unembed = norm(parts.ln_f), product(parts.wte, rows, dtype)
+    ln_f, to_logits = norm(parts.ln_f), product(parts.wte, rows, dtype)
 
     def read(token, cache):
         x = wte[token[:, 0]] + wpe[cache.length]  # (B, C)
@@ -1348,7 +1349,7 @@ def token_reader(model, rows):
             x = x + from_heads(y.reshape(B, C).to(dtype))
             x = x + narrow(widen(ln_2(x)))
         cache.length += 1
-        return unembed(ln_f(x))
+        return to_logits(ln_f(x))
     return read
 
 
@@ -1458,8 +1459,7 @@ def evaluate(model, loader, s, world, data):
             by_skill = np.bincount(label, nats.double(), minlength=max(1, len(skills)))
             sums[i] = torch.tensor([len(known), data.token_bytes[known].sum(), *by_skill])
     model.train()
-    sums = world.reduce(sums if world.size == 1 else sums.to(world.device)).cpu()  # NCCL adds up on the GPU
-    tokens, size, *nats = sums.sum(dim=0).tolist()
+    tokens, size, *nats = world.reduce(sums).cpu().sum(dim=0).tolist()
     loss = sum(nats) / tokens
     found = {"loss": loss, "bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
     if floor:
@@ -1532,7 +1532,7 @@ def hellaswag(model, questions, world, at_once=96):
                 nats = token_losses(logits, endings)[0].split(sizes)
                 losses[numbers, which] = torch.tensor([[n.sum(), n.mean()] for n in nats])
     model.train()
-    return world.reduce(losses if world.size == 1 else losses.to(world.device)).argmin(dim=1).cpu()
+    return world.reduce(losses).argmin(dim=1).cpu()
 
 
 def hellaswag_scores(model, world):
@@ -1717,7 +1717,7 @@ def summary(run, step, found):
 def write_report(run, step):
     """Writes report.md and loss.svg anew, from the log and what the evaluations found; returns the summary."""
     found = {n: f for n, f in sorted(run.history.items()) if "loss" in f}
-    if not found:  # a run that was begun before there were reports
+    if not found:  # evaluations.json was lost, and nothing has been evaluated since
         return {}
     last = found[max(found)]
 
@@ -1773,10 +1773,10 @@ def plan_batch(s, world):
     return Plan(rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0))
 
 
-def step_batches(loader, s, plan, world):
-    """The part of step s's batch that falls to this process: a list of (x, y) micro-batches, and the number of targets
+def step_batches(loader, step, plan, world):
+    """The part of a step's batch that falls to this process: a list of (x, y) micro-batches, and the number of targets
     in the whole step, which every process works out alike."""
-    first = s * plan.rows_per_step
+    first = step * plan.rows_per_step
     targets = sum(loader.rows.locate(row)[2] for row in range(first, first + plan.rows_per_step))
     share = plan.rows_per_step // world.size
     mine = [first + world.rank * share + i for i in range(share)]
@@ -1786,16 +1786,14 @@ def step_batches(loader, s, plan, world):
     return [(x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)) for x, y in batches], targets
 
 
-def prefetch(loader, plan, world, start, stop):
-    """Yields the batches of the steps from `start` on: a thread prepares each while the one before is being used."""
-    def make(step):
-        return step_batches(loader, step, plan, world)
+def prefetch(loader, start, stop, plan, world):
+    """Yields the batches of steps start to stop - 1: a thread prepares each while the one before is being used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(make, start)
-        for s in range(start, stop):
+        future = pool.submit(step_batches, loader, start, plan, world)
+        for step in range(start, stop):
             ready = future.result()
-            if s + 1 < stop:
-                future = pool.submit(make, s + 1)
+            if step + 1 < stop:
+                future = pool.submit(step_batches, loader, step + 1, plan, world)
             yield ready
 
 
@@ -1859,7 +1857,7 @@ class RowIndex:
             return row * self.block_size
         epochs, rest = divmod(row, sum(self.counts))
         whole = sum(int(self.cuts(0, shard)[1].sum()) for shard in range(len(self.shards)))
-        return epochs * whole + sum(self.locate(row - 1 - i)[2] for i in range(rest))
+        return epochs * whole + sum(self.locate(earlier)[2] for earlier in range(row - rest, row))
 
 
 def cut_documents(tokens, eot, T):
@@ -2126,10 +2124,10 @@ class Run:
             self.bar = tqdm(total=s.max_steps, initial=self.start, unit="step", dynamic_ncols=True)
 
     def finished(self, step):
-        self.write_row(step, {})  # the last thing that a run does: see is_done
+        self.write_row(step, {})  # by which a run is done: see is_done
+        facts = write_report(self, max(self.history)) if self.world.main else {}
         self.close()
         if self.world.main:
-            facts = write_report(self, max(self.history))
             print(f"done in {facts['time']}, best validation loss {self.best:.4f}")
             for name in ("trained", "validation loss", "HellaSwag", "speed"):
                 print(f"{name}: {facts[name]}") if name in facts else None
@@ -2310,7 +2308,7 @@ class Run:
 OTHER_NAMES = {"max_iters": "max_steps", "lr_decay_iters": "max_steps", "warmup_iters": "warmup_steps",
                "eval_interval": "eval_every", "eval_iters": "eval_tokens", "log_interval": "log_every",
                "dataset": "data_dir", "compile": "compile_model", "gradient_accumulation_steps": "grad_accum_steps",
-               "start": "prompt", "learning_rate_decay": "min_lr", "lr": "learning_rate"}
+               "start": "prompt", "lr": "learning_rate"}
 
 
 def setting_comments(cls):
@@ -2397,15 +2395,22 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     return cls(**preset_changes | given), given
 
 
+def check_ranges(s, **ranges):
+    """Raises UserError for a setting outside its (least, most)."""
+    for name, (least, most) in ranges.items():
+        value = getattr(s, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value:,}: it must be " + (f"at least {least:,}" if value < least
+                                                                   else f"at most {most:,}"))
+
+
 def check_settings(s):
     """Raises UserError for a value out of range; fills in total_batch_size."""
-    at_least = dict(batch_size=1, block_size=1, total_batch_size=1, grad_accum_steps=1, max_steps=1, warmup_steps=0,
-                    seed=0, eval_every=1, eval_tokens=1, sample_every=1, checkpoint_every=1, log_every=1,
-                    learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0)
-    for name, least in at_least.items():
-        value = getattr(s, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}: it must be at least {least}")
+    positive, any_size = (1, math.inf), (0, math.inf)
+    check_ranges(s, batch_size=(1, 2**20), block_size=(1, 2**24), total_batch_size=positive, grad_accum_steps=positive,
+                 max_steps=positive, warmup_steps=any_size, seed=(0, 2**63), eval_every=positive, eval_tokens=positive,
+                 sample_every=positive, checkpoint_every=positive, log_every=positive, learning_rate=any_size,
+                 min_lr=any_size, weight_decay=any_size, grad_clip=any_size)
     if s.min_lr > s.learning_rate:
         raise UserError(f"min_lr ({s.min_lr:g}) is above learning_rate ({s.learning_rate:g}): the cosine falls to it")
     for name in ("max_minutes", "init_std"):
@@ -2418,9 +2423,7 @@ def check_settings(s):
         s.total_batch_size = s.batch_size * s.block_size * s.grad_accum_steps
     elif s.total_batch_size is None:
         s.total_batch_size = s.batch_size * s.block_size
-    for name, most in dict(seed=2**63, block_size=2**24, batch_size=2**20, total_batch_size=2**27).items():
-        if getattr(s, name) > most:
-            raise UserError(f"{name} is {getattr(s, name):,}: it must be at most {most:,}")
+    check_ranges(s, total_batch_size=(1, 2**27))
 
 
 def prepare_stories(s, world):

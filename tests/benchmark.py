@@ -138,8 +138,8 @@ def ladder(s):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=s.block_size, attention="manual")).to(device)
     idx = torch.randint(50257, (s.rows, s.block_size), device=device)
-    dtype, padded, first = torch.float32, GPT.unembed, None
-    GPT.unembed = lambda self, x: torch.nn.functional.linear(x, self.transformer.wte.weight)
+    dtype, faster, first = torch.float32, train_gpt2.linear, None
+    train_gpt2.linear = torch.nn.functional.linear
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     called = model
 
@@ -147,13 +147,15 @@ def ladder(s):
         for block in model.transformer.h:
             block.attn.flash = True
 
-    def pad():
-        GPT.unembed = padded
+    def change_products():
+        train_gpt2.linear = faster
 
     rungs = [("float32, every step spelled out", lambda: None), ("flash attention", flash)]
     if device.type == "cuda":
         rungs.insert(1, ("TF32", lambda: torch.set_float32_matmul_precision("high")))
-        rungs.append(("padded vocabulary", pad))
+        rungs.append(("padded vocabulary", change_products))
+    elif train_gpt2.ON_X86:
+        rungs.insert(1, ("products by oneDNN", change_products))
     best = train_gpt2.pick_dtype("auto", device)
     if best == torch.bfloat16:
         rungs.insert(2, ("bfloat16", lambda: None))
@@ -181,7 +183,7 @@ def ladder(s):
         share = speed * train_gpt2.operations_per_token(model) / train_gpt2.matmul_speed(device, dtype)
         print(f"  + {name:<34}{speed:>10,.0f} tokens/s  x {speed / first:.2f}  {share:.0%} of matmul speed in "
               f"{str(dtype)[6:]}  ({time.perf_counter() - began:.0f} s)", flush=True)
-    GPT.unembed = padded
+    train_gpt2.linear = faster
 
 
 @train_gpt2.reports_mistakes
