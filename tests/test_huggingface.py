@@ -255,6 +255,17 @@ def config(**changes):
     return change
 
 
+def claims(n_embd):
+    """A model of that width whose tensors fit its config, each one number repeated: kilobytes that claim terabytes."""
+    def change(folder):
+        config(n_embd=n_embd, n_head=1)(folder)
+        with torch.device("meta"):
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(folder))
+        torch.save({name: torch.zeros(1).expand(t.shape) for name, t in model.state_dict().items()},
+                   folder / "pytorch_model.bin")
+    return change
+
+
 def replaced(name, data):
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -273,6 +284,7 @@ DAMAGE = {
                                                      _use_new_zipfile_serialization=False),
     "a path in place of a tensor": weights(**{WTE: "/etc/passwd"}),
     "a tensor larger than memory": weights(**{WTE: torch.zeros(1).expand(10**6, 10**6)}),
+    "a model larger than memory": claims(200_000),
     "a tensor without numbers": weights(**{WTE: torch.empty(300, 48, device="meta")}),
     "a huge one without numbers": weights(**{WTE: torch.empty(10**7, 10**6, device="meta")}),
     "a sparse tensor": weights(**{WTE: torch.zeros(300, 48).to_sparse()}),

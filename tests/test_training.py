@@ -159,6 +159,18 @@ def test_a_living_run_is_left_alone(small_run, tmp_path, capsys):
     train_gpt2.main([*small_run, "--max_steps=13"])  # and the dead one blocks nobody
 
 
+def test_a_run_lives_until_its_report_is_written(small_run, tmp_path, monkeypatch):
+    locks, write_report = [], train_gpt2.write_report
+
+    def watched(run, step):
+        locks.append(train_gpt2.lock(run.folder))  # None: the run still has it
+        return write_report(run, step)
+    monkeypatch.setattr(train_gpt2, "write_report", watched)
+    train_gpt2.main([*small_run, "--max_steps=3"])
+    assert len(locks) > 1 and not any(locks)
+    assert train_gpt2.lock(tmp_path / "run")
+
+
 def test_samples(small_run, tmp_path, capsys, monkeypatch):
     train_gpt2.main([*small_run, "--max_steps=5", f"--out_dir={tmp_path / 'out' / 'mine'}"])
     monkeypatch.chdir(tmp_path)
