@@ -171,7 +171,7 @@ def attend(q, k, v, dropout=0.0, flash=True):
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S); the root keeps their spread near 1
     # Above the diagonal lies the future, which must not help: e^-inf is a weight of 0
     scores = scores + torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(1 + S - T)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); a row adds up to 1
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, n_head, T, S); before dropout a row adds up to 1
     return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
 
 
