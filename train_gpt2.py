@@ -1063,6 +1063,8 @@ class World:
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(s.device, local)
         self.dtype = pick_dtype(s.dtype, self.device)
+        # How many processes share the device's memory: a CPU's belongs to all that torchrun started here
+        self.sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.device.type == "cpu" else 1
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
@@ -1769,8 +1771,9 @@ def plan_batch(s, world):
     if rest:
         raise UserError(f"a step's {rows} rows cannot be dealt evenly to {world.size} processes: make total_batch_size "
                         f"a multiple of {s.block_size * world.size:,}, or start another number of processes")
-    # What fits one process fits several: their smaller shares are cut into equal parts of at most batch_size
-    return Plan(rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0))
+    # What fits one process fits several: their smaller shares are cut into equal parts of at most batch_size rows
+    most = max(1, min(s.batch_size // world.sharing, share))
+    return Plan(rows, next(n for n in range(most, 0, -1) if share % n == 0))
 
 
 def step_batches(loader, step, plan, world):

@@ -317,9 +317,12 @@ def test_scripts_are_portable(script):
 def test_a_preset_runs_on_any_number_of_processes(preset):
     s, _ = train_gpt2.parse_settings(train_gpt2.Settings, [f"--preset={preset}"], "", train_gpt2.PRESETS)
     train_gpt2.check_settings(s)
-    plans = [train_gpt2.plan_batch(s, types.SimpleNamespace(size=size)) for size in (1, 2, 4, 8)]
-    assert {plan.rows_per_step for plan in plans} == {s.total_batch_size // s.block_size}
-    assert all(plan.micro_rows <= s.batch_size for plan in plans)
+    for on_a_cpu in (False, True):
+        plans = {size: train_gpt2.plan_batch(s, types.SimpleNamespace(size=size, sharing=size if on_a_cpu else 1))
+                 for size in (1, 2, 4, 8)}
+        assert {plan.rows_per_step for plan in plans.values()} == {s.total_batch_size // s.block_size}
+        # On one CPU all together take no more memory than one process would
+        assert all(plan.micro_rows * (size if on_a_cpu else 1) <= max(s.batch_size, size) for size, plan in plans.items())
 
 
 def stop_after_ten_steps():
