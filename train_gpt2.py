@@ -336,7 +336,7 @@ class ShardedLoader:
         if rows == "documents" and eot is None:
             raise UserError(f"{data_dir} is one text without <|endoftext|>: it has no documents; use --rows=stream")
         self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
-        self.rows_per_epoch = sum(self.rows.counts)
+        self.rows_per_epoch = self.rows.per_epoch
         if not self.rows_per_epoch:
             raise UserError(f"{data_dir} has too few {split} tokens for a row of {block_size:,}: lower --block_size")
 
@@ -1810,10 +1810,11 @@ class RowIndex:
         self.cuts = functools.lru_cache(maxsize=2)(self._cuts)  # of the shard in use and its neighbour
         self.order = functools.lru_cache(maxsize=2)(self._order)
         self.counts = [self._count(i) for i in range(len(shards))]
+        self.per_epoch = sum(self.counts)
 
     def locate(self, row):
         """Row number -> (shard, first token, number of targets)."""
-        epoch, row = divmod(row, sum(self.counts))
+        epoch, row = divmod(row, self.per_epoch)
         for shard in self.order(epoch):
             if row < self.counts[shard]:
                 starts, lengths = self.cuts(epoch, shard)
@@ -1858,7 +1859,7 @@ class RowIndex:
         """How many targets the rows 0 to row - 1 hold."""
         if self.eot is None:
             return row * self.block_size
-        epochs, rest = divmod(row, sum(self.counts))
+        epochs, rest = divmod(row, self.per_epoch)
         whole = sum(int(self.cuts(0, shard)[1].sum()) for shard in range(len(self.shards)))
         return epochs * whole + sum(self.locate(earlier)[2] for earlier in range(row - rest, row))
 
