@@ -51,10 +51,10 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     model, seen = strong_model(**SHAPES[0]), []
     extend, first = train_gpt2.KVCache.extend, model.transformer.h[0].attn
 
-    def watched(cache, layer, k, v):
+    def watched(cache, layer, new):
         if layer is first:
-            seen.append((k.size(0), k.size(2)))  # rows and tokens
-        return extend(cache, layer, k, v)
+            seen.append((new.size(1), new.size(3)))  # rows and tokens
+        return extend(cache, layer, new)
     monkeypatch.setattr(train_gpt2.KVCache, "extend", watched)
     idx = torch.randint(97, (1, 9))
     together = model.generate(idx.expand(4, 9), 3, temperature=0)
@@ -63,6 +63,20 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     seen.clear()
     model.generate(torch.stack((idx[0], idx[0].flip(0))), 2)
     assert seen == [(2, 9), (2, 1)]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_was_sampled_can_be_trained_on(temperature):
+    """As reinforcement learning does: the texts, and the logits that they were chosen from, are ordinary tensors."""
+    model = strong_model(**SHAPES[0])
+    sampled = list(stream(model, torch.randint(97, (2, 4)), 6, temperature=temperature))
+    texts = torch.stack([token for token, _ in sampled], dim=1)  # (2, 6)
+    model(texts[:, :-1], texts[:, 1:])[1].backward()
+    scale = torch.ones(97, requires_grad=True)
+    for _, logits in sampled:
+        logits += 1  # as the mask of a forbidden token would
+        (logits * scale).sum().backward()
+    assert scale.grad.abs().sum() > 0
 
 
 def test_bfloat16_samples_nearly_as_float32():
