@@ -6,12 +6,13 @@
     python prepare_data.py shakespeare                       # TinyShakespeare, character by character
     python prepare_data.py tinystories                       # TinyStories, character by character
     python prepare_data.py fineweb_edu --max_tokens=500_000_000      # FineWeb-Edu, OpenAI's vocabulary
-    python prepare_data.py fineweb_edu_shards                # the same, tokenized already: 20 GB to download
+    python prepare_data.py fineweb_edu_shards                # the same, tokenized already: 20 GB (or fineweb_shards)
     python prepare_data.py hf:OWNER/NAME:CONFIG              # any data set of the Hugging Face hub
     python prepare_data.py hellaswag                         # the questions that the evaluation asks
 
 Text comes from a source, becomes ids through a tokenizer, and goes to shards in llm.c's format; meta.json, written
-last, says what they hold. This file has them in that order. Stopped half way, the same command goes on.
+last, says what they hold. Behind the stories and the BPE trainer, this file has them in that order. Stopped half way,
+the same command goes on.
 """
 import codecs
 import collections
@@ -27,6 +28,7 @@ import operator
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -43,6 +45,7 @@ from tqdm import tqdm
 
 from train_gpt2 import (
     END_OF_TEXT,
+    HELLASWAG,
     PRESETS,
     SPLIT_PATTERN,
     Tokenizer,
@@ -66,14 +69,14 @@ class Settings:
     text_column: str = "text"  # which column of a .jsonl, .parquet or hf: data set is the text
     out_dir: str = ""  # empty: data/<dataset>, with _<tokenizer> behind it where that is not the usual one
     shard_tokens: int = 100_000_000  # tokens in a shard: 200 MB
-    max_tokens: int | None = None  # for training at most so many; None: everything
+    max_tokens: int | None = None  # for training at most so many (of published shards, whole ones); None: everything
     val_fraction: float = 0.1  # this share of the text, at its end, is kept for validation
     seed: int = 1  # of the stories
 
 
 # ---- The embedded stories --------------------------------------------------------------------------------------------
-# A story is a series of independent choices, each uniform among its options, so that its probability is exactly
-# 1 / (product of the numbers of options): see `tell`. Different choices never give the same text, because every
+# A story is a series of choices, each uniform among the options that those before it leave, so that its probability is
+# exactly 1 / (product of the numbers of options): see `tell`. Different choices never give the same text, because every
 # sentence tells its wording and each of its new words. A {word} is chosen where it appears first, recalled after that.
 
 STORIES = 12_000  # some 1,200 for validation; more would change nothing that a short run can notice
@@ -190,8 +193,8 @@ def tell(choose):
 
 
 def label(stories, tokenizer):
-    """(n,) uint8: the number in SKILLS of each token of a split that holds these stories. A token has the skill of its
-    last character; what stands between stories is wording."""
+    """(n,) uint8: the number in SKILLS of each token of a split that holds these stories, a list of what story()
+    returns. A token has the skill of its last character; what stands between stories is wording."""
     between, sizes, labels = len(separator(tokenizer)), tokenizer.token_bytes(), []
     for pieces in stories:
         ends = np.cumsum([len(text) for text, _, _ in pieces])
@@ -213,7 +216,7 @@ def write_stories(count, seed):
 # ---- The BPE trainer -------------------------------------------------------------------------------------------------
 
 
-def train_bpe(texts, vocab_size, progress=False):
+def train_bpe(texts, vocab_size):
     """Learns a byte-level BPE as GPT-2's was (Sennrich et al. 2016, section 3.2; GPT-2 paper, section 2.2).
 
     texts: an iterable of str. vocab_size counts 256 bytes, the merges and <|endoftext|>. Returns the merges in order,
@@ -229,7 +232,8 @@ def train_bpe(texts, vocab_size, progress=False):
     tokens = [bytes([byte]) for byte in range(256)]  # what character number 0, 1, ... stands for
 
     pairs = collections.Counter()  # two characters -> how often they stand side by side in the corpus
-    where = collections.defaultdict(list)  # two characters -> the words in which they may do
+    # two characters -> numbers of the words that hold them, or did once, or twice over: all the same to a merge
+    where = collections.defaultdict(list)
     for i, word in enumerate(words):
         for pair in map(operator.add, word, word[1:]):
             pairs[pair] += frequency[i]
@@ -240,7 +244,7 @@ def train_bpe(texts, vocab_size, progress=False):
     heapq.heapify(heap)
 
     merges = []
-    with tqdm(total=vocab_size - 257, desc="merges", disable=not progress) as bar:
+    with tqdm(total=vocab_size - 257, desc="merges", disable=None) as bar:
         while heap and len(merges) < vocab_size - 257:
             count, *_, pair = heapq.heappop(heap)
             if -count != pairs[pair]:
@@ -276,7 +280,8 @@ def count_words(texts):
 
 def candidate(pair, pairs, tokens):
     """A pair's entry in the heap, whose smallest comes first: the count is negated, and the bytes are turned upside
-    down, so that among equal counts the greater pair comes first."""
+    down, so that among equal counts the greater pair comes first. "ab" is greater than "a": chr(256) behind each, above
+    every byte, sees to that."""
     upside_down = ("".join(chr(255 - byte) for byte in tokens[ord(token)]) + chr(256) for token in pair)
     return -pairs[pair], *upside_down, pair
 
@@ -324,7 +329,9 @@ HUB = {  # name: (repository on the Hugging Face hub, configuration)
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"), "tinystories": ("roneneldan/TinyStories", None)}
 SHARDS_ON_HUB = {"fineweb_edu_shards": "kjj0/finewebedu10B-gpt2", "fineweb_shards": "kjj0/fineweb10B-gpt2"}
 USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}  # tokenizers; bpe for all others
-PIECE = 1 << 20  # bytes of a text file that are read at once
+OURS = ["stories", *USUAL, *SHARDS_ON_HUB, "hellaswag"]  # the data sets that have a name here
+PIECE = 1 << 20  # bytes of a file, or tokens of a shard, that are read at once
+ROWS = 256  # documents that a thread encodes at once
 
 
 class Texts:
@@ -334,8 +341,8 @@ class Texts:
         self.documents = documents
 
     def batches(self, position):
-        for i in range(position or 0, len(self.documents), 256):
-            yield i, [(text, True) for text in self.documents[i:i + 256]]
+        for i in range(position or 0, len(self.documents), ROWS):
+            yield i, [(text, True) for text in self.documents[i:i + ROWS]]
 
     def done(self, position):
         return position / len(self.documents)
@@ -378,7 +385,7 @@ class Rows:
                 row += len(table)
 
     def done(self, position):
-        return (position[0] - self.first) / (self.last - self.first) if self.last else 0
+        return max(0, position[0] - self.first) / (self.last - self.first) if self.last else 0
 
 
 def check_column(features, column):
@@ -396,7 +403,7 @@ def streamed_tables(open_rows, column, row, state):
     check_column(rows.features, column)
     if state:
         rows.load_state_dict(state)
-    with contextlib.closing(rows.iter(batch_size=256)) as tables:
+    with contextlib.closing(rows.iter(batch_size=ROWS)) as tables:
         while True:
             state = rows.state_dict()
             if (table := next(tables, None)) is None:
@@ -411,7 +418,7 @@ def parquet_tables(paths, column, row, state):
     for path in paths:
         with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
             check_column(datasets.Features.from_arrow_schema(file.schema_arrow), column)
-            for table in file.iter_batches(256, columns=[column]):
+            for table in file.iter_batches(ROWS, columns=[column]):
                 yield None, table.slice(min(row, len(table)))
                 row = max(0, row - len(table))
 
@@ -492,10 +499,11 @@ def find_files(pattern):
     if not paths:
         raise UserError(f"nothing matches {pattern}")
     for path in paths:
+        if os.path.isfile(path) and not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: permission denied")
         if not os.path.isfile(path):
             raise UserError(f"cannot read {path} ({'a folder' if os.path.isdir(path) else 'no such file'}): a data set "
-                            f"is {', '.join(['stories', *USUAL, *SHARDS_ON_HUB])}, hellaswag, hf:OWNER/NAME, or a "
-                            ".txt, .jsonl or .parquet file")
+                            f"is {', '.join(OURS)}, hf:OWNER/NAME, or a .txt, .jsonl or .parquet file")
     kinds = {file_kind(path) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{pattern} matches files of several kinds ({', '.join(sorted(kinds))}): name one kind")
@@ -515,6 +523,9 @@ def open_source(s, paths):
     if s.dataset == "shakespeare":
         return split_texts([download(SHAKESPEARE_URL).decode("utf-8")], s)
     if paths:
+        paths = [path for path in paths if os.path.getsize(path)]
+        if not paths:
+            raise UserError(f"{s.dataset} is empty")
         return text_files(paths, s) if file_kind(paths[0]) == "text" else local_rows(paths, s)
     repository, _, config = s.dataset.removeprefix("hf:").partition(":")
     repository, config = HUB.get(s.dataset, (repository, config or None))
@@ -536,8 +547,8 @@ def checksum(path):
 
 
 def for_validation(count, fraction):
-    """How many of `count` documents are for validation."""
-    return max(1, round(count * fraction))
+    """How many of `count` documents, two or more, are for validation: not none and not all."""
+    return min(count - 1, max(1, round(count * fraction)))
 
 
 def split_texts(documents, s):
@@ -556,10 +567,7 @@ def text_files(paths, s):
         marks = [(0, 0)]  # (characters, bytes) that end with each piece
         for offset, text in read_pieces(path):
             marks.append((marks[-1][0] + len(text), offset + len(text.encode("utf-8"))))
-        if marks[-1][1]:
-            files.append((path, 0, marks[-1][1]))
-    if not files:
-        raise UserError(f"{s.dataset} is empty")
+        files.append((path, 0, marks[-1][1]))
     if len(files) > 1:
         cut = len(files) - for_validation(len(files), s.val_fraction)
         return {"train": TextFiles(files[:cut]), "val": TextFiles(files[cut:])}
@@ -573,17 +581,13 @@ def text_files(paths, s):
 
 def local_rows(paths, s):
     """The parts of .jsonl or .parquet files; .jsonl is read through once to count its documents."""
-    paths = [path for path in paths if os.path.getsize(path)]
-    if not paths:
-        raise UserError(f"{s.dataset} is empty")
-
     def open_json():
         return quiet_datasets().load_dataset("json", split="train", streaming=True,
                                              data_files={"train": [os.path.abspath(path) for path in paths]})
     with hub_mistakes():
         if file_kind(paths[0]) == "json":
             tables = functools.partial(streamed_tables, open_json)
-            count = sum(map(len, open_json().with_format("arrow").iter(batch_size=256)))
+            count = sum(map(len, open_json().with_format("arrow").iter(batch_size=ROWS)))
         else:
             from pyarrow.parquet import read_metadata
             tables, count = functools.partial(parquet_tables, paths), sum(read_metadata(p).num_rows for p in paths)
@@ -622,7 +626,7 @@ def make_tokenizer(kind, batches, parts, s):
         if characters >= BPE_SAMPLE:
             break
     texts = (text for _, pieces in sample for text, _ in pieces)
-    merges = train_bpe(texts, s.vocab_size, progress=sys.stderr.isatty())
+    merges = train_bpe(texts, s.vocab_size)
     if len(merges) < s.vocab_size - 257:
         print(f"the text ran out of pairs: the vocabulary has {len(merges) + 257:,} tokens, not {s.vocab_size:,}")
     return bpe_spec(merges), itertools.chain(sample, batches)
@@ -674,7 +678,8 @@ def encoded(batches, tokenizer):
 
 def new_split(tokenizer, **changes):
     """Where the preparation of a split stands: shards and documents so far, and where to go on: at this position of its
-    part, so many tokens behind it (a corpus of characters begins without a blank line)."""
+    part, so many tokens behind it (a corpus of characters begins without a blank line, and since documents are counted
+    by what stands before them, its first is counted here)."""
     skip = 0 if tokenizer.eot is not None else len(separator(tokenizer))
     return dict(shards=0, documents=1 if skip else 0, position=None, skip=skip, finished=False) | changes
 
@@ -707,7 +712,7 @@ def write_split(job, split, part, batches):
     memory does not grow with it."""
     s, at = job.s, job.progress["splits"][split]
     end = [] if job.tokenizer.eot is None else [job.tokenizer.eot]
-    limit = (s.max_tokens if split == "train" and s.max_tokens else sys.maxsize) - len(end)
+    limit = s.max_tokens - len(end) if split == "train" and s.max_tokens else math.inf
     source, used, tokens = encoded(batches, job.tokenizer), at["skip"], at["shards"] * s.shard_tokens
     batch = next(source, None)
 
@@ -728,7 +733,8 @@ def write_split(job, split, part, batches):
             used, room, tokens = used + len(piece), room - len(piece), tokens + len(piece)
             at.update(position=position, skip=used)
             share = part.done(position)
-            bar.total = min(limit, int(tokens / share)) if share else limit if limit < sys.maxsize - 1 else None
+            total = min(limit, tokens / share if share else math.inf)
+            bar.total = int(total) if total < math.inf else None
             bar.update(len(piece))
         at["finished"] = batch is None or tokens >= limit
         if at["finished"]:
@@ -746,27 +752,27 @@ def write_both_splits(job, batches):
     end = np.array([] if job.tokenizer.eot is None else [job.tokenizer.eot], np.uint16)
     wanted = min(s.shard_tokens, int(s.max_tokens * s.val_fraction) if s.max_tokens else sys.maxsize)
     first = splits["val"]["skip"]  # where a split begins, counted from its first document's separator
-    ids, starts, length = [], [], 0
-    for position, batch, begins in encoded(batches, job.tokenizer):
-        beyond = begins[length + begins >= max(wanted, 1)]
+    read, begins, length = [], [], 0  # ids, piece by piece; where documents begin in them
+    for position, ids, starts in encoded(batches, job.tokenizer):
+        beyond = starts[length + starts >= max(wanted, 1)]
         if len(beyond):
             cut = int(beyond[0])
             splits["train"] = new_split(job.tokenizer, position=position, skip=first + cut)
-            documents = len(starts) + int((begins < cut).sum())
-            pieces = [*ids, batch[:cut], end]
+            documents = len(begins) + int((starts < cut).sum())
+            pieces = [*read, ids[:cut], end]
             job.save_shard("val", [pieces[0][first:], *pieces[1:]], documents=documents, finished=True)
             return
-        ids.append(batch)
-        starts += (length + begins).tolist()
-        length += len(batch)
-    if len(starts) < 2:
-        raise UserError(f"{s.dataset} holds {len(starts)} documents: too few to keep one for validation")
-    ids, cut = np.concatenate(ids), len(starts) - for_validation(len(starts), s.val_fraction)
-    train = ids[first:starts[cut]][:s.max_tokens and s.max_tokens - len(end)]
+        read.append(ids)
+        begins += (length + starts).tolist()
+        length += len(ids)
+    if len(begins) < 2:
+        raise UserError(f"{s.dataset} holds {len(begins)} documents: too few to keep one for validation")
+    ids, cut = np.concatenate(read), len(begins) - for_validation(len(begins), s.val_fraction)
+    train = ids[first:begins[cut]][:s.max_tokens and s.max_tokens - len(end)]
     splits["train"] = new_split(job.tokenizer)
-    documents = int((np.array(starts[:cut]) < first + len(train)).sum())
+    documents = int((np.array(begins[:cut]) < first + len(train)).sum())
     job.save_shard("train", [train, end], documents=documents, finished=True)
-    job.save_shard("val", [ids[starts[cut] + first:], end], documents=len(starts) - cut, finished=True)
+    job.save_shard("val", [ids[begins[cut] + first:], end], documents=len(begins) - cut, finished=True)
 
 
 # ---- What was made ---------------------------------------------------------------------------------------------------
@@ -787,7 +793,7 @@ def landmarks(train, val, vocab_size):
     how frequent each token is, `bigram` what follows what. They are counted on `train`; both are lists of arrays of
     ids. Unseen tokens get a little too (add-one), unseen pairs a share by their frequency (Witten & Bell 1991)."""
     counts = np.ones(vocab_size, np.int64)
-    pairs = np.zeros(vocab_size**2 if vocab_size <= 10_000 else 0, np.uint32)
+    pairs = np.zeros(vocab_size**2 if vocab_size <= 10_000 else 0, np.uint32)  # of 10,000: 400 MB
     for number, tokens in enumerate(chunks(train)):
         counts += np.bincount(tokens[number > 0:], minlength=vocab_size)
         if len(pairs):
@@ -811,21 +817,22 @@ def landmarks(train, val, vocab_size):
 
 def describe(folder, name, tokenizer, documents):
     """meta.json's contents but for the settings: counted from the shards, so that nothing had to be kept on the way."""
-    shards = {split: [read_shard(path) for path in paths] for split, paths in shard_paths(folder).items()}
-    token_bytes, meta = tokenizer.token_bytes(), {"dataset": name, "tokenizer": tokenizer.spec}
-    for split, arrays in shards.items():
+    shards, token_bytes, meta = {}, tokenizer.token_bytes(), {"dataset": name, "tokenizer": tokenizer.spec}
+    for split, paths in shard_paths(folder).items():
+        tokens = sum(path.stat().st_size - 1024 for path in paths) // 2
+        if tokens < 4:
+            raise UserError(f"{name} is too short: its {split} split has {tokens} tokens")
+        shards[split] = [read_shard(path) for path in paths]
         counts = np.zeros(tokenizer.vocab_size, np.int64)
-        for array in arrays:
+        for array in shards[split]:
             for begin in range(0, len(array), PIECE):
                 counts += np.bincount(array[begin:begin + PIECE], minlength=tokenizer.vocab_size)
         meta[split] = {"tokens": int(counts.sum()), "documents": documents.get(split, int(counts[tokenizer.eot or 0])),
                        "bytes": int(counts @ token_bytes)}
-        if counts.sum() < 4:
-            raise UserError(f"{name} is too short: its {split} split has {counts.sum()} tokens")
     return meta | {"landmarks": landmarks(shards["train"], shards["val"], tokenizer.vocab_size)}
 
 
-def claim(folder, name, settings):
+def claim(folder, settings):
     """The progress of an unfinished preparation with these settings, or a new one's; None where all is done. Raises
     UserError where the folder holds anything else."""
     try:
@@ -842,10 +849,9 @@ def claim(folder, name, settings):
                 return found
             (folder / PROGRESS).unlink(missing_ok=True)
             return None
-        ours = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.bin|\..*\.tmp")
-        foreign = [file for file in names if not ours.fullmatch(file)]
-        if names and (foreign or not all(file.endswith(".tmp") for file in names)):
-            raise UserError(f"{folder} holds something else ({(foreign or names)[0]}): choose another --out_dir")
+        foreign = [file for file in names if not re.fullmatch(r"\..*\.tmp", file)]  # which a kill can leave
+        if foreign:
+            raise UserError(f"{folder} holds something else ({foreign[0]}): choose another --out_dir")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / finished} is not what prepare_data.py writes ({type(error).__name__}): choose "
                         "another --out_dir, or remove that folder") from None
@@ -870,8 +876,14 @@ def summarize(folder, meta):
           + ", ".join(f"{name} {value:.2f}" for name, value in meta["landmarks"].items())
           + (f"; the best possible: {meta['entropy_floor']:.4f}" if "entropy_floor" in meta else ""))
     made_for = [preset for preset, changes in PRESETS.items() if changes.get("data_dir") == folder.as_posix()]
-    options = "" if folder == Path("data/stories") else f" --data_dir={folder} --rows=stream"
-    print(f"written to {folder}; now: python train_gpt2.py" + (f" --preset={made_for[0]}" if made_for else options))
+    there = shlex.quote(f"--data_dir={folder}")
+    if made_for:
+        options = f" --preset={made_for[0]}" + (f" (or {', '.join(made_for[1:])})" if made_for[1:] else "")
+    elif meta["dataset"] in SHARDS_ON_HUB:
+        options = f" --preset=gpt2 {there}"
+    else:
+        options = "" if folder == Path("data/stories") else f" {there} --rows=stream"
+    print(f"written to {folder}; now: python train_gpt2.py{options}")
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -882,7 +894,7 @@ def fetch_shards(s):
     asks for. What is there already is kept."""
     import huggingface_hub as hub
     folder, repository = Path(s.out_dir or f"data/{s.dataset}"), SHARDS_ON_HUB[s.dataset]
-    if (progress := claim(folder, s.dataset, {"dataset": s.dataset, "max_tokens": s.max_tokens})) is None:
+    if (progress := claim(folder, {"dataset": s.dataset, "max_tokens": s.max_tokens})) is None:
         return print(f"{folder} is complete already") or 0
     tokenizer, tokens = Tokenizer({"kind": "gpt2"}), 0
     with hub_mistakes():
@@ -908,7 +920,9 @@ def fetch_shards(s):
 
 def write_hellaswag(s):
     """The validation questions of HellaSwag (Zellers et al. 2019) as JSON lines, for train_gpt2.py's evaluation."""
-    path = Path(s.out_dir or "data/hellaswag") / "hellaswag_val.jsonl"
+    path = HELLASWAG
+    if s.out_dir and Path(s.out_dir) != path.parent:
+        raise UserError(f"hellaswag is written to {path.parent}, where the evaluation looks: leave out --out_dir")
     if path.exists():
         return print(f"{path} is there already") or 0
     with hub_mistakes():
@@ -926,8 +940,8 @@ def check_settings(s):
     if not 0 < s.val_fraction < 1:
         raise UserError(f"val_fraction is {s.val_fraction}: it must be between 0 and 1")
     check_ranges(s, shard_tokens=(2, 2**31 - 1), max_tokens=(2, 2**63), seed=(0, 2**63))
-    if s.tokenizer in ("auto", "bpe") and not 257 <= s.vocab_size <= 65_536:
-        raise UserError(f"vocab_size is {s.vocab_size:,}: it must be from 257 (the bytes and {END_OF_TEXT}) to 65,536")
+    if s.tokenizer in ("auto", "bpe"):
+        check_ranges(s, vocab_size=(257, 65_536))  # at least the bytes and <|endoftext|>; ids are uint16
 
 
 def finish(folder, meta, settings):
@@ -940,11 +954,14 @@ def finish(folder, meta, settings):
 
 def name_of(s):
     """(name of the data set, kind of tokenizer, folder)."""
-    path = s.dataset.removeprefix("hf:").split(":")[0]
+    path = s.dataset[3:].split(":")[0] if s.dataset.startswith("hf:") else s.dataset  # C:\\ is no configuration
     name = Path(path).parent.name or "texts" if glob.has_magic(path) else Path(path).stem
     name = re.sub(r"[^\w.-]", "_", name)
-    kind = USUAL.get(name, "bpe") if s.tokenizer == "auto" else s.tokenizer
-    return name, kind, Path(s.out_dir or f"data/{name}" + (f"_{kind}" if kind != USUAL.get(name, "bpe") else ""))
+    if name in OURS and s.dataset != name:  # a file of that name is another text
+        name += "_text"
+    usual = USUAL.get(s.dataset, "bpe")
+    kind = usual if s.tokenizer == "auto" else s.tokenizer
+    return name, kind, Path(s.out_dir or f"data/{name}" + (f"_{kind}" if kind != usual else ""))
 
 
 def prepare(s):
@@ -957,7 +974,7 @@ def prepare(s):
     settings |= {"vocab_size": s.vocab_size} if kind == "bpe" else {}
     if s.dataset.startswith("hf:") and not re.fullmatch(r"hf:[\w.-]+/[\w.-]+(:.+)?", s.dataset):
         raise UserError(f"{s.dataset!r} is no data set of the hub: it is written hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
-    if (progress := claim(folder, name, settings)) is None:
+    if (progress := claim(folder, settings)) is None:
         return print(f"{folder} is complete already; to prepare it anew, remove it") or 0
     parts = open_source(s, paths)
     make_folder(folder)
@@ -985,7 +1002,7 @@ def prepare(s):
     if s.dataset == "stories":
         # The lowest loss that any model can be expected to reach on exactly the validation targets: every token but
         # the first one, the closing <|endoftext|> of each story included, which is certain and so costs nothing.
-        choose, targets = random.Random(s.seed).choice, meta["val"]["tokens"] - 1
+        choose, targets = random.Random(s.seed).choice, meta["val"]["tokens"] - 1  # as in write_stories
         told = [story(choose) for _ in range(STORIES)][-meta["val"]["documents"]:]
         meta["skills"] = {skill: sum(nats for pieces in told for _, its, nats in pieces if its == skill) / targets
                           for skill in SKILLS}

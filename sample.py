@@ -82,7 +82,8 @@ def read_prompt(prompt):
         return Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
     except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or a name that none can have
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read the prompt from {prompt[1:] or 'standard input'}: {reason}") from None
+        source = "standard input" if prompt == "-" else prompt[1:] or "a file without a name"
+        raise UserError(f"cannot read the prompt from {source}: {reason}") from None
 
 
 class Writer:
@@ -119,7 +120,7 @@ class Explainer:
         return f'"{text}"' if len(text) <= 14 else f'"{text[:13]}…"'
 
     def write(self, token, logits):
-        logs = torch.log_softmax(logits.double(), dim=-1)  # (V,)
+        logs = torch.log_softmax(logits.cpu().double(), dim=-1)  # (V,); MPS has no float64
         chance, entropy = logs[token].exp().item(), -(logs.exp() * logs.nan_to_num(neginf=0)).sum().item()
         rank = int((logs > logs[token]).sum()) + 1
         best = [i for i in logs.topk(min(4, len(logs))).indices.tolist() if i != token][:3]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -300,15 +301,74 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
         (["cut.parquet"], "cannot read the data set"), (["latin.txt"], "0xf6 at position 7"),
         (["wide.txt", "--tokenizer=char"], "distinct characters"), (["hf:"], "OWNER/NAME"),
         (["hf:x y/z"], "OWNER/NAME"),
-        (["--vocab_size=256"], "from 257"), (["--vocab_size=65537"], "65,536"), (["--val_fraction=0"], "between"),
-        (["--val_fraction=x"], "a number"), (["--shard_tokens=1"], "at least 2"), (["--max_tokens=1"], "at least 2"),
-        (["--shard_tokens=3_000_000_000"], "at most"), (["--seed=-1"], "at least 0"), (["--tokenizer=word"], "one of"),
+        (["--vocab_size=256"], "at least 257"), (["--vocab_size=65537"], "at most 65,536"),
+        (["--val_fraction=0"], "between"), (["--val_fraction=x"], "a number"), (["--shard_tokens=1"], "at least 2"),
+        (["--max_tokens=1"], "at least 2"), (["--shard_tokens=3_000_000_000"], "at most"),
+        (["--seed=-1"], "at least 0"), (["--tokenizer=word"], "one of"),
         (["--nonsense=1"], "no setting"), (["--out_dir=full"], "something else"), (["--out_dir=file"], "file"),
-        (["--out_dir=file/deeper"], "file"),
+        (["--out_dir=file/deeper"], "file"), (["hellaswag", "--out_dir=mine"], "leave out --out_dir"),
     ]:
         assert message in fails(prepare_data.main, argv, capsys), argv
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, argv
-    assert "too short" in fails(prepare_data.main, ["short.txt", "--tokenizer=char"], capsys)
+    for text in "ab", "a":
+        (tmp_path / "short.txt").write_text(text)
+        argv = ["short.txt", "--tokenizer=char", f"--out_dir={text}"]
+        assert "too short" in fails(prepare_data.main, argv, capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "short.txt")  # root, who may run this, reads anything
+    assert "permission" in fails(prepare_data.main, ["short.txt"], capsys)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["b", "a"]])
+def test_an_empty_file_among_others_changes_nothing(names, tmp_path, capsys):
+    """Nor where it is the last one: a text is cut where it would be alone."""
+    text = "One more tale of a king and a cat. " * 40
+    (tmp_path / "alone.txt").write_text(text)
+    for name, content in zip(names, (text, ""), strict=True):
+        (tmp_path / f"{name}.txt").write_text(content)
+    for dataset, out in ("alone.txt", "1"), ("[ab].txt", "2"):
+        prepare_data.main([str(tmp_path / dataset), "--tokenizer=char", f"--out_dir={tmp_path / out}"])
+    one, two = (train_gpt2.open_data(tmp_path / out).meta for out in "12")
+    assert one["train"]["tokens"] == int(len(text) * 0.9) and [one[k] for k in ("train", "val")] == [
+        two[k] for k in ("train", "val")]
+
+
+def test_training_keeps_a_document(tmp_path, capsys):
+    """However large the share for validation."""
+    (tmp_path / "two.jsonl").write_text('{"text": "A king and a cat."}\n{"text": "A cat and a mouse."}\n')
+    prepare_data.main([str(tmp_path / "two.jsonl"), "--tokenizer=char", "--val_fraction=0.9",
+                       f"--out_dir={tmp_path / 'out'}"])
+    meta = train_gpt2.open_data(tmp_path / "out").meta
+    assert meta["train"]["documents"] == meta["val"]["documents"] == 1
+
+
+@pytest.mark.parametrize("dataset, expected", [
+    ("stories", ("stories", "bpe", "data/stories")), ("shakespeare", ("shakespeare", "char", "data/shakespeare")),
+    ("my.txt", ("my", "bpe", "data/my")), ("notes/*.jsonl", ("notes", "bpe", "data/notes")),
+    ("hf:me/tales:en", ("tales", "bpe", "data/tales")), ("fineweb_edu", ("fineweb_edu", "gpt2", "data/fineweb_edu")),
+    # a text of one's own is not ours, whatever its name
+    ("stories.txt", ("stories_text", "bpe", "data/stories_text")),
+    ("shakespeare.txt", ("shakespeare_text", "bpe", "data/shakespeare_text")),
+    ("hf:me/tinystories", ("tinystories_text", "bpe", "data/tinystories_text")),
+    ("notes: 2024.txt", ("notes__2024", "bpe", "data/notes__2024")),
+])
+def test_names(dataset, expected):
+    name, kind, folder = prepare_data.name_of(prepare_data.Settings(dataset=dataset))
+    assert (name, kind, folder.as_posix()) == expected
+
+
+@pytest.mark.parametrize("folder, command", [
+    ("stories", ""), ("stories_2", " --data_dir=data/stories_2 --rows=stream"),
+    ("shakespeare", " --preset=shakespeare_char (or shakespeare_cpu)"),
+    ("my text", " '--data_dir=data/my text' --rows=stream"),
+    ("fineweb_edu_shards", " --preset=gpt2 --data_dir=data/fineweb_edu_shards"),
+])
+def test_the_command_to_type_next(folder, command, capsys, monkeypatch):
+    """Every preset that fits, the whole road quoted, and a model as large as what was downloaded."""
+    monkeypatch.setattr(prepare_data, "shard_paths", lambda folder: {"train": [1], "val": [1]})
+    counts = {"documents": 1, "tokens": 8, "bytes": 9}
+    prepare_data.summarize(pathlib.Path("data") / folder, {
+        "dataset": folder, "train": counts, "val": counts, "tokenizer": {"kind": "bpe"}, "landmarks": {"uniform": 1.0}})
+    assert capsys.readouterr().out.endswith(f"; now: python train_gpt2.py{command}\n")
 
 
 def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, capsys):

@@ -151,8 +151,8 @@ CASES = [
     train("--preset=shakespeare_char", "python prepare_data.py shakespeare"),
     train("--preset=gpt2", "python prepare_data.py fineweb_edu"),
     # settings of prepare_data.py, beside what test_data.py has
-    prepare("nothing.txt", "no such file"), prepare("tales.txt --vocab_size=256", "from 257"),
-    prepare("tales.txt --vocab_size=70000", "65,536"), prepare("tales.txt --shard_tokens=1", "at least 2"),
+    prepare("nothing.txt", "no such file"), prepare("tales.txt --vocab_size=256", "at least 257"),
+    prepare("tales.txt --vocab_size=70000", "at most 65,536"), prepare("tales.txt --shard_tokens=1", "at least 2"),
     prepare("tales.txt --max_tokens=1", "at least 2"), prepare("tales.txt --val_fraction=1", "between"),
     prepare("--seed=-1", "at least 0"), prepare(f"--seed={2**64}", "at most"),
     prepare("tales.txt --vocab_size=290 --out_dir=data/tales", "another --out_dir"),
@@ -162,7 +162,7 @@ CASES = [
     write("--max_new_tokens=0", "at least 1"), write("--seed=-1", "at least 0"), write("--device=abacus", "device"),
     write("--checkpoint=nowhere.pt", "no checkpoint"), write("--checkpoint=.", "name the best.pt"),
     write("--checkpoint=" + "x" * 5000, "no checkpoint"), write("--init_from=" + "x" * 5000, "no checkpoint"),
-    write("--strat=x", "no setting"), write("a b", "no option"),
+    write("--prompt=@", "without a name"), write("--strat=x", "no setting"), write("a b", "no option"),
     write("axe --checkpoint=out/abc/best.pt", "has no 'x'"), write("", "train one with", remove, "out"),
     # folders
     train("--data_dir=nowhere", "prepare_data.py"), train("--data_dir=tales.txt", "no data"),

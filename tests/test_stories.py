@@ -105,7 +105,7 @@ def test_a_mistake_leaves_the_older_data_alone(tmp_path, capsys):
     argv = [str(text), f"--out_dir={folder}"]
     assert prepare_data.main(argv) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for wrong, message in (("--vocab_size=256", "from 257"), ("--val_fraction=1.5", "between 0 and 1"),
+    for wrong, message in (("--vocab_size=256", "at least 257"), ("--val_fraction=1.5", "between 0 and 1"),
                            ("--vocab_size=70000", "65,536"), ("--shard_tokens=1", "at least 2")):
         assert message in fails(prepare_data.main, [*argv, wrong], capsys)
     text.write_text("other words", encoding="utf-8")
