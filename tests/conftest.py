@@ -13,6 +13,7 @@ import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
 
 FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts: many kills, all stories
+posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
 
 @pytest.fixture(scope="session")

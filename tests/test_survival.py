@@ -18,13 +18,12 @@ import types
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 - what an optimizer imports: here, children need not
-from conftest import FULL, ROOT, fails
+from conftest import FULL, ROOT, fails, posix
 from test_mistakes import hashes
 from test_training import log_of, losses, same_bytes
 
 import train_gpt2
 
-posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 IMPORTED_BY = os.getpid()
 CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 

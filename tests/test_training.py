@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fails
+from conftest import ROOT, fails, posix
 
 import prepare_data
 import sample
@@ -48,7 +48,7 @@ def wait_for_step(folder, step):
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a single child process")
+@posix
 def test_interrupted_and_killed_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
     small_run[small_run.index("--max_steps=30")] = "--max_steps=60"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
