@@ -71,7 +71,7 @@ class Settings:
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # cut the text every block_size tokens, or a document a row
     batch_size: int = 16  # rows that a process handles at once: lower it when memory runs out
-    block_size: int = 112  # tokens in a row: how far the model looks back; the longest story takes 108, in 16s 112
+    block_size: int = 112  # tokens in a row: how far the model looks back; the longest story has 108, 112 in sixteens
     total_batch_size: int | None = None  # tokens per optimizer step over all processes; None: batch_size * block_size
     grad_accum_steps: int | None = None  # the same, said otherwise, and it wins: total = batch_size * block_size * this
     # the optimization
@@ -95,8 +95,8 @@ class Settings:
     # what is shown, and how often (in steps)
     eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and train nothing
     eval_every: int = 100  # validation loss, picture and report
-    eval_tokens: int | None = None  # validation tokens to look at each time; None: all, of which the floor speaks
-    sample_every: int = 600  # a text; and HellaSwag, with GPT-2's tokens, once `prepare_data.py hellaswag` has run
+    eval_tokens: int | None = None  # validation tokens to look at each time; None: all, of which the known best speaks
+    sample_every: int = 600  # a text; HellaSwag (which of 4 endings fits?) once it is prepared, with GPT-2's tokens
     checkpoint_every: int = 300  # what a kill can cost, at most
     log_every: int = 20  # a line on the screen and in log.csv
 
@@ -198,7 +198,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The part where each token thinks for itself: four times as wide inside (GPT paper, section 4.1)."""
+    """Multi-layer perceptron, where each token thinks for itself: four times as wide inside (GPT paper, 4.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -394,7 +394,7 @@ def train(s, world):
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
     validation = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size, data.eot)
-    plan = plan_batch(s, world)
+    plan = plan_batch(s, world)  # rows in a step, and how many of them a process handles at once
     optimizer = make_optimizer(raw_model, s, world.device)
     loader = ShardedLoader(s.data_dir, "train", s.block_size, s.rows, s.seed, data.vocab_size, data.eot)
     # float16 ends at 6e-8, and many gradients are smaller: the scaler multiplies the loss, and so them, by a large
@@ -405,7 +405,7 @@ def train(s, world):
     # The same weights in a faster wrapping: raw_model evaluates, samples and is saved, model takes the steps
     model = compiled_and_parallel(raw_model.train(), s, world)
     if world.device.type == "cuda":
-        fit_in_memory(model, plan, s, world)
+        fit_in_memory(model, optimizer, plan, s, world)
     run.announce(plan, loader)
 
     with run.interruptible(), contextlib.closing(prefetch(loader, start, s.max_steps, plan, world)) as batches:
@@ -415,7 +415,7 @@ def train(s, world):
             if step > start and (last or step % s.checkpoint_every == 0):
                 run.save(step)
             if last or step % s.eval_every == 0:
-                run.evaluated(step, evaluate(raw_model, validation, s, world, data))
+                run.evaluate(step, validation)
             if last or (step and step % s.sample_every == 0):
                 run.show_sample(step)
             if last:
@@ -430,12 +430,12 @@ def train(s, world):
             for micro_step, (x, y) in enumerate(micro_batches):
                 # Seeded afresh, so that dropout too depends on nothing but the place in the run
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
-                # DDP averages the gradients of all processes when the last micro-batch is done, not before
+                # DistributedDataParallel averages all processes' gradients with the last micro-batch, not before
                 with world.accumulating(model, micro_step < len(micro_batches) - 1):
                     # Matrix products in world.dtype are several times as fast. Weights and optimizer stay float32,
                     # for bfloat16's three digits would round most steps away
                     with world.autocast():
-                        _, loss = model(x, y)
+                        _, loss = model(x, y)  # x, y: (rows, T); documents differ in length, and so T does
                     # A mean over this micro-batch becomes its share of the mean over the whole step, all processes'
                     loss = loss * ((y != -1).sum() / targets_in_step)
                     scaler.scale(loss * world.size).backward()  # times their number, by which DDP's average divides
@@ -687,7 +687,7 @@ def open_data(data_dir):
     path = Path(data_dir) / "meta.json"
     if not os.path.isdir(data_dir):
         raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
-    if not path.exists():
+    if not os.path.exists(path):  # not path.exists, which fails where nobody may look
         if path.parent != HELLASWAG.parent:  # which --eval_only=True takes as well
             shard_paths(data_dir)
         return Data({"dataset": path.parent.name}, Tokenizer({"kind": "gpt2"}))
@@ -736,7 +736,7 @@ def write_atomically(path, write):
 def cannot_write(path, error):
     """The UserError for an OSError in writing."""
     return UserError(f"cannot write {path} ({error.strerror}): free some space there or choose another folder; what "
-                     "was there before is whole, and the same command goes on from it")
+                     "was there before is whole")
 
 
 def write_text(path, text):
@@ -753,7 +753,8 @@ def load_checkpoint(path, look=False):
         with zipfile.ZipFile(path) as archive:  # that is what torch.save writes, with a checksum for each part
             if any(part.compress_type for part in archive.infolist()) or not look and archive.testzip():
                 raise ValueError
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             # mmap: tensors stay in the file until they are used, so a file that claims terabytes costs nothing yet
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key, value in checkpoint.items():
@@ -761,7 +762,8 @@ def load_checkpoint(path, look=False):
                 raise ValueError
     except Exception as error:  # a damaged file can fail in any of a dozen ways
         raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); use another, such as "
-                        "the best.pt beside it, or train again with --overwrite=True") from None
+                        "the best.pt beside it, or start over with "
+                        f"--out_dir={Path(path).parent} --overwrite=True") from None
     kinds = {"model": dict, "step": int, "config": dict, "settings": dict, "tokenizer": dict, "best_val_loss": float}
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
@@ -862,7 +864,8 @@ def read_pretrained(name, look=False):
                 from safetensors.torch import load_file
                 tensors = load_file(path)
             else:  # mmap: what is claimed costs nothing until it is used; files of before 2020 are no zip, and cannot
-                with warnings.catch_warnings(action="ignore"):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             for key, tensor in tensors.items():
                 key = "transformer." + key.removeprefix("transformer.")
@@ -1062,12 +1065,15 @@ class World:
         self.main = self.rank == 0  # the one that writes and prints
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(s.device, local)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # what torch says of "the" GPU is then said of this one
+        if self.device.type == "mps" and self.size > 1:
+            raise UserError("several processes cannot train on MPS: add --device=cpu, or start one process with python")
         self.dtype = pick_dtype(s.dtype, self.device)
+        self.at_end = contextlib.ExitStack()  # what has to be closed, however the run ends
         # How many processes share the device's memory: a CPU's belongs to all that torchrun started here
         self.sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.device.type == "cpu" else 1
         if self.size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if s.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -1100,6 +1106,7 @@ class World:
         return box[0]
 
     def close(self):
+        self.at_end.close()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1125,6 +1132,11 @@ def pick_device(name, local_rank=0):
     return torch.device("cuda", index)
 
 
+def wait_for(device):
+    """Returns when the device has done all that it was asked for: a GPU works on while Python goes ahead."""
+    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)()
+
+
 def pick_dtype(name, device):
     """bfloat16 where the hardware computes it natively and it is faster, float16 on older CUDA cards, else float32."""
     if name != "auto":
@@ -1141,8 +1153,9 @@ def compiled_and_parallel(model, s, world):
     `model`, which evaluation and sampling go on using uncompiled, since their shapes vary."""
     if s.compile_model is True or (s.compile_model == "auto" and world.device.type == "cuda"):
         try:
-            torch.compile(nn.Linear(8, 8).to(world.device))(torch.zeros(8, 8, device=world.device))
-            model = torch.compile(model)  # after a try, because a missing compiler shows only when it is used
+            x = torch.zeros(8, device=world.device, requires_grad=True)
+            torch.compile(lambda x: x.exp().sum())(x).backward()  # a missing compiler shows only when it is used
+            model = torch.compile(model)
         except Exception as error:
             if world.main:
                 print(f"warning: torch.compile does not work here ({type(error).__name__}), going on without it")
@@ -1153,14 +1166,15 @@ def compiled_and_parallel(model, s, world):
     return model
 
 
-def fit_in_memory(model, plan, s, world):
-    """Tries a micro-batch, with room for the optimizer's two averages; while that is too much, halves plan.micro_rows.
-    The step keeps its rows, in more micro-batches, so that the optimization stays the same."""
+def fit_in_memory(model, optimizer, plan, s, world):
+    """Tries a micro-batch, with room for the optimizer's two averages unless a resumed run has them already; while that
+    is too much, halves plan.micro_rows. The step keeps its rows, in more micro-batches, so that the optimization stays
+    the same."""
     began_with = plan.micro_rows
     while True:
         failed = 0
         try:
-            averages = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            averages = [torch.empty_like(p) for p in model.parameters() for _ in range(0 if optimizer.state else 2)]
             idx = torch.zeros((plan.micro_rows, s.block_size), dtype=torch.int64, device=world.device)
             with world.autocast(), world.accumulating(model, True):
                 model(idx, idx)[1].backward()
@@ -1168,8 +1182,7 @@ def fit_in_memory(model, plan, s, world):
             failed = 1
         averages = None  # noqa: F841 - given back before the next try
         model.zero_grad()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if not world.reduce(torch.tensor(failed, device=world.device), largest=True).item():  # all or none
             break
         if plan.micro_rows == 1:
@@ -1244,7 +1257,7 @@ def product(module, rows, dtype, then="none"):
     act = {"none": lambda y: y, "relu": F.relu, "gelu": functools.partial(F.gelu, approximate="tanh")}[then]
     weight, bias = module.weight.to(dtype), getattr(module, "bias", None)
     bias = bias.to(dtype) if bias is not None else None
-    if not (weight.is_cpu and ON_X86) or dtype == torch.float16:
+    if not (weight.is_cpu and ON_X86 and (dtype == torch.float32 or dtype == torch.bfloat16 and can_pack_bfloat16())):
         return lambda x: act(F.linear(x, weight, bias))
     n = next(n for n in range(64, 0, -1) if len(weight) % n == 0)
     if dtype == torch.float32 and rows == 1 and n >= 8:
@@ -1254,8 +1267,7 @@ def product(module, rows, dtype, then="none"):
             y = torch.bmm(pieces, x.t().expand(n, -1, 1)).view(1, -1)  # n products, (out / n, in) @ (in, 1)
             return act(y if bias is None else y + bias)
         return by_pieces
-    if dtype == torch.float32 or can_pack_bfloat16():
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: onednn(x.to(dtype), weight, bias, then)
 
 
@@ -1586,22 +1598,21 @@ def report_evaluation(s, world):
 def matmul_speed(device, dtype, n=2048):
     """Operations a second of this machine at an n x n x n product, the median of ten: what is there to be used."""
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds = []
     for _ in range(12):
         began = time.perf_counter()
         linear(a, b)
-        wait()
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / statistics.median(seconds[2:])  # the first two warm up
 
 
-def operations_per_token(model):
+def operations_per_token(model, T=None):
     """6 for each parameter that multiplies, 12 * n_layer * n_embd * T for attention (PaLM, Chowdhery et al. 2022,
-    appendix B): 2 forwards, 4 backwards. Position embeddings are only added."""
+    appendix B): 2 forwards, 4 backwards. Position embeddings are only added. T: tokens in a row; None: all it takes."""
     c = model.config
     learned_positions = c.block_size * c.n_embd if c.pos_encoding == "learned" else 0
-    return 6 * (model.num_parameters() - learned_positions) + 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * (model.num_parameters() - learned_positions) + 12 * c.n_layer * c.n_embd * (T or c.block_size)
 
 
 # ---- Picture and report ----------------------------------------------------------------------------------------------
@@ -1686,12 +1697,14 @@ def draw(panels):
 
 
 def command(s, world):
-    """What repeats this run."""
+    """What repeats this run, or goes on with it: so without --overwrite."""
     usual = Settings(**PRESETS[s.preset])
     check_settings(usual)
     changed = [shlex.quote(f"--{f.name}={getattr(s, f.name)}") for f in dataclasses.fields(s)
-               if getattr(s, f.name) != getattr(usual, f.name)]
-    start = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
+               if f.name != "overwrite" and getattr(s, f.name) != getattr(usual, f.name)]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # processes on this machine
+    machines = "--standalone" if here == world.size else f"--nnodes={world.size // here}"
+    start = "python" if world.size == 1 else f"torchrun {machines} --nproc_per_node={here}"
     return " ".join([start, "train_gpt2.py", *changed])
 
 
@@ -1969,6 +1982,8 @@ def choose_folder(s):
     """(folder, checkpoint to go on from or None, lock): the unfinished run of these settings, or the next free folder.
     Raises UserError where that run is still alive, or the folder cannot be written."""
     base = Path(s.out_dir or f"out/{s.preset}")
+    if s.overwrite and os.path.isfile(s.init_from) and Path(s.init_from).resolve().parent == base.resolve():
+        raise UserError(f"--overwrite=True would delete {s.init_from}, from which to start: choose another --out_dir")
     for number in range(1, 10_000):
         folder = base if number == 1 else base.parent / f"{base.name or 'run'}-{number}"
         with contextlib.ExitStack() as unless_taken:
@@ -2018,6 +2033,18 @@ def is_done(folder, step):
     return bool(rows) and int(rows[-1][0]) == step and not rows[-1][LOG_COLUMNS.index("train_loss")]
 
 
+def not_training(method):
+    """Decorates a method of Run whose time is left out of the throughput."""
+    @functools.wraps(method)
+    def wrapper(run, *args):
+        wait_for(run.world.device)  # for steps that are still under way
+        began = time.perf_counter()
+        method(run, *args)
+        if run.mark:
+            run.mark = (run.mark[0] + time.perf_counter() - began, run.mark[1])
+    return wrapper
+
+
 class Run:
     """What a run keeps on disk and says on the terminal: the one owner of its folder, log, checkpoints and clock."""
 
@@ -2027,7 +2054,7 @@ class Run:
         self.best, self.signal, self.bar, self.evaluation_seconds, self.to_estimate = math.inf, None, None, 0, True
         self.tokens, self.row, self.time_used = 0, {}, 0.0
         self.began = time.perf_counter()
-        self.mark = None  # (time, tokens) since which throughput is measured; None: not yet, or something else ran
+        self.mark = None  # (time, tokens) since which throughput is measured; None: not before something was logged
 
     # -- beginning and end
 
@@ -2037,18 +2064,19 @@ class Run:
         if self.world.main:
             try:
                 folder, saved, self.lock = choose_folder(self.s)
+                # Also after an error: whoever calls main() again in this process, as in a notebook, finds it free
+                self.world.at_end.callback(self.lock.close)
             except UserError as error:
                 problem = str(error)
         self.folder, saved, problem = self.world.from_main((folder, saved, problem))
         if problem:
             raise UserError(problem)
-        try:
-            self.start = self.load(saved) if saved else 0
-        except UserError:
-            self.close()  # whoever calls main() again in this process, as in a notebook, finds the folder free
-            raise
+        self.start = self.load(saved) if saved else 0
         rows = [row for row in read_log(self.folder) if int(row[0]) < self.start]
-        self.began -= float(rows[-1][-1]) if rows else 0
+        used = float(rows[-1][-1]) if rows else 0
+        self.began -= used
+        if self.s.max_minutes:  # the schedule too goes on from where the clock stood
+            self.time_used = used / (60 * self.s.max_minutes)
         if self.world.main:
             try:
                 left = [*self.folder.glob(".*.tmp")]  # by a run that was killed while writing
@@ -2064,7 +2092,7 @@ class Run:
         checkpoint = load_checkpoint(path)
         if checkpoint["tokenizer"] != self.data.tokenizer.spec:
             raise UserError(f"{path} was trained with another tokenizer than {self.s.data_dir} has now: prepare "
-                            "the same data again, or start over with --overwrite=True")
+                            f"the same data again, or start over with --out_dir={self.folder} --overwrite=True")
         learned = [p for group in self.optimizer.param_groups for p in group["params"]]
         shapes = [dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape) for p in learned]
         try:
@@ -2079,7 +2107,7 @@ class Run:
                 self.scaler.load_state_dict(scale)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit this model ({str(error).splitlines()[0]}); start over with "
-                            "--overwrite=True") from None
+                            f"--out_dir={self.folder} --overwrite=True") from None
         self.best = checkpoint["best_val_loss"]
         return checkpoint["step"]
 
@@ -2096,7 +2124,8 @@ class Run:
         self.speed = matmul_speed(world.device, world.dtype)
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
         self.machine = f"{world.size} x {device}, {str(world.dtype)[6:]} at {self.speed / 1e9:,.0f} GFLOP/s"
-        parameters, operations, epochs = model.num_parameters(), operations_per_token(model), self.epochs(s.max_steps)
+        operations = operations_per_token(model, s.block_size)
+        parameters, epochs = model.num_parameters(), self.epochs(s.max_steps)
         in_rows = loader.rows_per_epoch * s.block_size
         tokens = epochs * (sum(len(shard) - 1 for shard in loader.shards) if s.rows == "documents" else in_rows)
         parts = [f"{part} {sum(p.numel() for name, p in model.named_parameters() if key in name and p.requires_grad):,}"
@@ -2120,7 +2149,8 @@ class Run:
             if poor:
                 print(f"warning: {why}")
         if self.start:
-            print(f"continuing {self.folder} from step {self.start:,} (--overwrite=True starts over)")
+            print(f"continuing {self.folder} from step {self.start:,} (to start over: --out_dir={self.folder} "
+                  "--overwrite=True)")
         else:
             print(f"a new run in {self.folder}")
         if sys.stderr.isatty():
@@ -2142,7 +2172,8 @@ class Run:
         self.save(step)
         self.close()
         if self.world.main:
-            print(f"stopped at step {step:,}, saved in {self.folder}: the same command goes on from here", flush=True)
+            again = "the same command" + (" without --overwrite" if self.s.overwrite else "")
+            print(f"stopped at step {step:,}, saved in {self.folder}: {again} goes on from here", flush=True)
         return 128 + self.signal
 
     def close(self):
@@ -2177,6 +2208,7 @@ class Run:
             return False
         signals = torch.tensor(self.signal or 0, device=self.world.device)
         self.signal = self.world.reduce(signals, largest=True).item()
+        self.signal_time = time.perf_counter()  # one that comes to this process only now is the same
         return bool(self.signal)
 
     # -- what is written and shown
@@ -2190,8 +2222,8 @@ class Run:
                 "settings": dataclasses.asdict(self.s), "tokenizer": self.data.tokenizer.spec,
                 "best_val_loss": float(self.best)}
 
+    @not_training
     def save(self, step):
-        self.mark = None
         self.check_finite()
         if self.world.main:
             # float16's scaler is part of what a resume needs; where it is not used its state is empty
@@ -2210,9 +2242,11 @@ class Run:
             write_text(self.folder / "evaluations.json", json.dumps(self.history))
             write_report(self, step)
 
-    def evaluated(self, step, found):
-        """Takes note of what evaluate() found, and keeps the weights if their loss is the lowest."""
-        self.mark, loss, self.evaluation_seconds = None, found["loss"], found.pop("seconds")
+    @not_training
+    def evaluate(self, step, loader):
+        """Measures the model on validation rows, takes note, and keeps the weights if their loss is the lowest."""
+        found = evaluate(self.model, loader, self.s, self.world, self.data)
+        loss, self.evaluation_seconds = found["loss"], found.pop("seconds")
         self.row = {"val_loss": repr(loss), "val_bits_per_byte": repr(found["bits_per_byte"])}
         self.say(f"step {step:,}: val {in_words(found)}")
         for name, value in self.lines.items():
@@ -2224,9 +2258,10 @@ class Run:
                 write_atomically(self.folder / "best.pt", lambda file: torch.save(self.checkpoint(step), file))
         self.note(step, **found)
 
+    @not_training
     def show_sample(self, step):
         """Lets the model write, and asks it HellaSwag's questions where they are at hand."""
-        self.mark, text = None, ""
+        text = ""
         if self.world.main:
             text = self.model.generate("", max_new_tokens=200, temperature=0.8, seed=mix(self.s.seed, step)).strip()
             self.say(f"step {step:,} writes: {text}")
@@ -2237,22 +2272,23 @@ class Run:
 
     def utilisation(self, speed):
         """Of a speed in tokens a second: how many per cent of this machine's arithmetic it is."""
-        return 100 * speed * operations_per_token(self.model) / (self.speed * self.world.size)
+        operations = operations_per_token(self.model, self.s.block_size)
+        return 100 * speed * operations / (self.speed * self.world.size)
 
     def after_step(self, step, targets, loss_sum, lr, grad_norm):
         """Counts the step's tokens and, every log_every steps, logs it: only then does anybody wait for the device."""
         s = self.s
         self.tokens += targets
         self.latest = (step, loss_sum, lr, grad_norm)
+        if s.max_minutes:  # by the slowest clock, so that all processes end together
+            used = torch.tensor((time.perf_counter() - self.began) / (60 * s.max_minutes))
+            self.time_used = self.world.reduce(used, largest=True).item()
         if self.bar:
             self.bar.update()
         if not (step % s.log_every == 0 or step == s.max_steps - 1 or self.row):
             return
         loss, norm = self.check_finite()
         now = time.perf_counter()
-        if s.max_minutes:  # by the slowest clock, so that all processes end together
-            used = torch.tensor((now - self.began) / (60 * s.max_minutes), device=self.world.device)
-            self.time_used = self.world.reduce(used, largest=True).item()
         speed = (self.tokens - self.mark[1]) / (now - self.mark[0]) if self.mark else None
         self.mark = (now, self.tokens)
         self.write_row(step, {"train_loss": repr(loss), "lr": f"{lr:.6g}", "grad_norm": f"{norm:.6g}",
@@ -2392,7 +2428,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
         preset = given.get("preset", cls.preset)
         if preset not in presets:
             near = difflib.get_close_matches(preset, presets, 1, 0.4)
-            raise UserError(f"there is no preset {preset!r}" + (f"; did you mean {near[0]}?" if near else "")
+            raise UserError(f"there is no preset {preset!r}" + (f"; did you mean {near[0]}?" if near else ".")
                             + f" All: {', '.join(presets)}")
         preset_changes = presets[preset]
     return cls(**preset_changes | given), given
@@ -2409,11 +2445,11 @@ def check_ranges(s, **ranges):
 
 def check_settings(s):
     """Raises UserError for a value out of range; fills in total_batch_size."""
-    positive, any_size = (1, math.inf), (0, math.inf)
+    positive, any_size = (1, 2**53), (0, math.inf)
     check_ranges(s, batch_size=(1, 2**20), block_size=(1, 2**24), total_batch_size=positive, grad_accum_steps=positive,
-                 max_steps=positive, warmup_steps=any_size, seed=(0, 2**63), eval_every=positive, eval_tokens=positive,
-                 sample_every=positive, checkpoint_every=positive, log_every=positive, learning_rate=any_size,
-                 min_lr=any_size, weight_decay=any_size, grad_clip=any_size)
+                 max_steps=positive, warmup_steps=(0, 2**53), seed=(0, 2**63), eval_every=positive,
+                 eval_tokens=positive, sample_every=positive, checkpoint_every=positive, log_every=positive,
+                 learning_rate=any_size, min_lr=any_size, weight_decay=any_size, grad_clip=any_size)
     if s.min_lr > s.learning_rate:
         raise UserError(f"min_lr ({s.min_lr:g}) is above learning_rate ({s.learning_rate:g}): the cosine falls to it")
     for name in ("max_minutes", "init_std"):
@@ -2459,12 +2495,12 @@ def main(argv=None):
         if is_out_of_memory(error):
             accumulated = max(1, s.total_batch_size // (s.batch_size * s.block_size))
             raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) and double "
-                            f"--grad_accum_steps ({accumulated}), and the same run goes on from its last checkpoint; "
-                            "where one row is too much, lower --block_size or --n_embd") from None
+                            f"--grad_accum_steps ({accumulated}), and the same run, without --overwrite, goes on from "
+                            "its last checkpoint; where one row is too much, lower --block_size or --n_embd") from None
         if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
             # Each one says it that is left: nobody knows which they are
             print(f"error: process {world.rank} ends, because another one was killed or failed: see above; the same "
-                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+                  "command, without --overwrite, goes on from the last checkpoint", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         raise
     finally:

@@ -129,6 +129,8 @@ CASES = [
     train("--compile=0", "--compile_model"),
     train("--gradient_accumulation_steps=2", "--grad_accum_steps"), train("--lerning_rate=1", "--learning_rate"),
     train("--max_steps", "needs a value"), train("hello", "no option"), train("--preset=gpt3", "gpt2"),
+    train("--preset=zzzz", "'zzzz'. All"),
+    train("--max_steps=1" + "0" * 400, "at most"), train("--warmup_steps=1" + "0" * 400, "at most"),
     train("--preset=", "no preset"), train("--max_steps=1.5", "whole number"), train("--max_steps=0", "at least 1"),
     train("--learning_rate=nan", "a number"), train("--learning_rate=inf", "a number"),
     train("--learning_rate=-1", "at least 0"), train("--min_lr=-1", "at least 0"),

@@ -223,3 +223,4 @@ def test_operations_per_token():
     matrices = 50257 * 768 + 12 * 768 * 768
     vectors = 13 * 768 + 2 * 768  # biases and norms, which PaLM's count includes in N
     assert train_gpt2.operations_per_token(model) == 6 * (matrices + vectors) + 12 * 768 * 1024
+    assert train_gpt2.operations_per_token(model, 256) == 6 * (matrices + vectors) + 12 * 768 * 256  # shorter rows

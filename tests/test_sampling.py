@@ -65,6 +65,21 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     assert seen == [(2, 9), (2, 1)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_that_onednn_lacks(dtype, monkeypatch):
+    """float64 everywhere, bfloat16 on older processors: plain products do it, greedily as the model itself does."""
+    def onednn(*args):
+        raise RuntimeError("could not create a primitive descriptor")
+    monkeypatch.setattr(train_gpt2, "can_pack_bfloat16", lambda: False)
+    monkeypatch.setattr(train_gpt2, "onednn", onednn)
+    model, idx = strong_model(**SHAPES[0]).to(dtype), torch.randint(97, (2, 5))
+    text = model.generate(idx, 3, temperature=0)
+    with torch.no_grad():
+        logits = model(text[:, :-1])[0][:, 4:]  # (2, 3, V)
+    chosen = logits.gather(2, text[:, 5:, None])[..., 0]
+    assert (chosen >= logits.amax(2) - 0.05 * logits.abs().amax()).all()
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_what_was_sampled_can_be_trained_on(temperature):
     """As reinforcement learning does: the texts, and the logits that they were chosen from, are ordinary tensors."""

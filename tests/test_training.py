@@ -1,10 +1,12 @@
 """Runs: resumed to the byte, repeated in the next folder, the same on several processes."""
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -211,6 +213,106 @@ def test_a_run_that_is_given_minutes(small_run, tmp_path, capsys):
     assert f"a new run in {tmp_path / 'run-2'}" in capsys.readouterr().out
 
 
+def test_a_clock_that_is_looked_at_in_every_step(small_run, tmp_path):
+    """However seldom the run is logged."""
+    began = time.perf_counter()
+    train_gpt2.main([*small_run, "--max_steps=100000", "--max_minutes=0.03", "--log_every=100000",
+                     "--eval_every=100000", "--sample_every=100000", "--checkpoint_every=100000"])
+    assert time.perf_counter() - began < 15 and int(log_of(tmp_path / "run")[-1]["step"]) > 1
+
+
+def test_the_rate_goes_on_where_the_clock_stood(small_run, tmp_path, monkeypatch):
+    """A run of some minutes that was stopped half way goes on with the rate of half way, from its first step on."""
+    argv = [*small_run, "--max_steps=100000", "--max_minutes=0.05", "--eval_every=100000", "--sample_every=100000",
+            "--warmup_steps=0"]
+
+    def stop_half_way(run, step):
+        run.signal = signal.SIGTERM
+        return run.time_used > 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.Run, "stop_requested", stop_half_way)
+        assert train_gpt2.main(argv) == 128 + signal.SIGTERM
+    stopped = int(log_of(tmp_path / "run")[-1]["step"]) + 1
+    assert train_gpt2.main(argv) == 0
+    rates = {int(row["step"]): float(row["lr"]) for row in log_of(tmp_path / "run") if row["lr"]}
+    assert 0.3 * 6e-3 < rates[stopped] < 0.6 * 6e-3
+
+
+def test_throughput_where_every_logged_step_also_evaluates(small_run, tmp_path, monkeypatch):
+    """It is that of training alone: an evaluation that takes long changes nothing."""
+    evaluate = train_gpt2.evaluate
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: time.sleep(0.5) or evaluate(*args))
+    train_gpt2.main([*small_run, "--log_every=10", "--eval_every=10", "--checkpoint_every=10", "--sample_every=10"])
+    rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
+    speeds = [float(row["tokens_per_second"]) for row in rows[1:]]
+    assert [int(row["step"]) for row in rows] == [0, 10, 20, 29] and not rows[0]["tokens_per_second"]
+    tokens = [int(row["tokens"]) for row in rows]
+    assert min(speeds) > (tokens[2] - tokens[1]) / 0.5  # with the half second it would be less
+
+
+def test_what_starts_over_says_so(small_run, tmp_path, capsys, monkeypatch):
+    """--overwrite=True is no part of the commands that go on, and what it would delete it does not start from."""
+    argv = [*small_run, "--overwrite=True", "--max_steps=9", "--eval_every=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.Run, "signal", 15, raising=False)
+        patch.setattr(train_gpt2.Run, "stop_requested", lambda run, step: setattr(run, "signal", 15) or step == 4)
+        train_gpt2.main(argv)
+    assert "the same command without --overwrite goes on" in capsys.readouterr().out
+    assert train_gpt2.main([word for word in argv if "overwrite" not in word]) == 0
+    assert f"(to start over: --out_dir={tmp_path / 'run'} --overwrite=True)" in capsys.readouterr().out
+    again = re.search(r"\| again \| `(.*)` \|", (tmp_path / "run" / "report.md").read_text(encoding="utf-8"))[1]
+    assert "--n_embd=32" in again and "overwrite" not in again
+    for name in ("ckpt.pt", "best.pt"):
+        file = tmp_path / "run" / name
+        before = file.read_bytes()
+        assert "would delete" in fails(train_gpt2.main, [*argv, f"--init_from={file}"], capsys)
+        assert file.read_bytes() == before
+
+
+def test_the_folder_is_free_after_any_end(small_run, tmp_path, monkeypatch):
+    """Also after an error before the first step that somebody keeps, as a notebook does."""
+    def announce(run, plan, loader):
+        raise train_gpt2.UserError("no")
+    monkeypatch.setattr(train_gpt2.Run, "announce", announce)
+    with pytest.raises(SystemExit) as kept:
+        train_gpt2.main(small_run)
+    assert kept.value.code == 2 and train_gpt2.lock(tmp_path / "run")
+
+
+def test_a_late_signal_is_the_same_one():
+    """Processes agree to stop where they log; the signal itself may come to one of them only after that."""
+    world = types.SimpleNamespace(size=2, main=False, device="cpu", reduce=lambda *args, **options: torch.tensor(15))
+    run = train_gpt2.Run(train_gpt2.Settings(), None, None, None, None, world)
+    with run.interruptible():
+        assert run.stop_requested(0)
+        signal.raise_signal(signal.SIGINT)
+    assert run.signal == signal.SIGINT
+
+
+def test_the_command_of_several_machines(monkeypatch):
+    s = train_gpt2.Settings(max_steps=7)
+    train_gpt2.check_settings(s)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for size, machines in ((8, "--standalone"), (16, "--nnodes=2")):
+        command = train_gpt2.command(s, types.SimpleNamespace(size=size))
+        assert command == f"torchrun {machines} --nproc_per_node=8 train_gpt2.py --max_steps=7"
+
+
+def test_a_missing_compiler_is_no_mistake(small_run, tmp_path):
+    """torch.compile is tried on something that needs a compiler: without one it warns, and trains."""
+    words = [*small_run, "--max_steps=3", "--compile_model=True", "--device=cpu"]
+    run = start(words, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0 and "torch.compile does not work here" in output
+
+
+def test_several_processes_are_refused_on_mps(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "pick_device", lambda *args: torch.device("mps"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(train_gpt2.UserError, match="MPS"):
+        train_gpt2.World(train_gpt2.Settings())
+
+
 def test_micro_batches_shrink_until_they_fit(capsys, monkeypatch):
     """Stands in for a GPU of which only four rows fit: the model says that memory ran out."""
     model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=8))
@@ -222,10 +324,18 @@ def test_micro_batches_shrink_until_they_fit(capsys, monkeypatch):
         return forward(idx, targets)
     monkeypatch.setattr(model, "forward", small_forward)
     s = train_gpt2.Settings(device="cpu", dtype="float32", block_size=8)
-    plan = train_gpt2.Plan(rows_per_step=24, micro_rows=24)
-    train_gpt2.fit_in_memory(model, plan, s, train_gpt2.World(s))
+    world, plan = train_gpt2.World(s), train_gpt2.Plan(rows_per_step=24, micro_rows=24)
+    optimizer = train_gpt2.make_optimizer(model, s, world.device)
+    train_gpt2.fit_in_memory(model, optimizer, plan, s, world)
     assert plan.micro_rows == 3 and all(p.grad is None for p in model.parameters())
     assert "going on with 3 rows" in capsys.readouterr().out
     limit = 0
     with pytest.raises(train_gpt2.UserError, match="--block_size"):
-        train_gpt2.fit_in_memory(model, plan, s, train_gpt2.World(s))
+        train_gpt2.fit_in_memory(model, optimizer, plan, s, world)
+    limit, taken = 24, []
+    monkeypatch.setattr(torch, "empty_like", lambda p, like=torch.empty_like: taken.append(p) or like(p))
+    for _ in range(2):  # a resumed run has its averages already: room for others would be too much
+        train_gpt2.fit_in_memory(model, optimizer, plan, s, world)
+        assert len(taken) == 2 * len(list(model.parameters()))
+        model(torch.zeros((1, 8), dtype=torch.int64), torch.zeros((1, 8), dtype=torch.int64))[1].backward()
+        optimizer.step()
