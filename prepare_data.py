@@ -17,6 +17,7 @@ the same command goes on.
 import codecs
 import collections
 import contextlib
+import difflib
 import functools
 import glob
 import heapq
@@ -499,11 +500,14 @@ def find_files(pattern):
     if not paths:
         raise UserError(f"nothing matches {pattern}")
     for path in paths:
+        if Path(path).suffix.lower() in (".json", ".csv", ".tsv"):
+            raise UserError(f"{path} is in a form that is not read here: convert it to .jsonl, an object a line")
         if os.path.isfile(path) and not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: permission denied")
         if not os.path.isfile(path):
-            raise UserError(f"cannot read {path} ({'a folder' if os.path.isdir(path) else 'no such file'}): a data set "
-                            f"is {', '.join(OURS)}, hf:OWNER/NAME, or a .txt, .jsonl or .parquet file")
+            near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(pattern, OURS, 1)) or ":"
+            raise UserError(f"cannot read {path} ({'a folder' if os.path.isdir(path) else 'no such file'}){near} a "
+                            f"data set is {', '.join(OURS)}, hf:OWNER/NAME, or a .txt, .jsonl or .parquet file")
     kinds = {file_kind(path) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{pattern} matches files of several kinds ({', '.join(sorted(kinds))}): name one kind")
@@ -821,6 +825,8 @@ def describe(folder, name, tokenizer, documents):
     for split, paths in shard_paths(folder).items():
         tokens = sum(path.stat().st_size - 1024 for path in paths) // 2
         if tokens < 4:
+            for path in [*folder.glob("*.bin"), folder / PROGRESS]:  # nothing was prepared: a longer text may come here
+                path.unlink(missing_ok=True)
             raise UserError(f"{name} is too short: its {split} split has {tokens} tokens")
         shards[split] = [read_shard(path) for path in paths]
         counts = np.zeros(tokenizer.vocab_size, np.int64)

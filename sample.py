@@ -194,13 +194,15 @@ def main(argv=None):
     model = model_from(read_model(where))
     if s.export:
         model.save_pretrained(s.export)
-        print(f"{s.export} is ready: AutoModelForCausalLM.from_pretrained({s.export!r})")
+        print(f"{s.export} is ready, made from {where}: AutoModelForCausalLM.from_pretrained({s.export!r})")
         return 0
     if model.tokenizer is None:
         raise UserError(f"{where} has no tokenizer that can be read here: generate from token ids in Python instead")
     model = model.to(device, pick_dtype(s.dtype, device))
     try:
         converse(model, s) if s.interactive else write_texts(model, s, read_prompt(s.prompt))
+        if not s.init_from and not s.checkpoint:
+            print(f"note: written by {where}, the newest model here", file=sys.stderr)  # stdout is for the text
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our text, such as `head`, has had enough

@@ -338,7 +338,8 @@ class ShardedLoader:
         self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
         self.rows_per_epoch = self.rows.per_epoch
         if not self.rows_per_epoch:
-            raise UserError(f"{data_dir} has too few {split} tokens for a row of {block_size:,}: lower --block_size")
+            raise UserError(f"{data_dir} has too few {split} tokens ({sum(map(len, self.shards)):,}) for a row of "
+                            f"{block_size:,}: lower --block_size")
 
     def batch(self, rows):
         """For a list of row numbers: inputs and targets, both (B, T) int64 tensors, T the longest of these rows,
@@ -1921,7 +1922,8 @@ def build_model(s, data, world):
         own = model.tokenizer  # None where a folder holds none: then the data's has to have its size
         if (own.spec != data.tokenizer.spec) if own else model.config.vocab_size != data.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare the data with its own"
-                            + (" (--tokenizer=gpt2)" if own and own.spec["kind"] == "gpt2" else ""))
+                            + (" (--tokenizer=gpt2)" if own and own.spec["kind"] == "gpt2" else "")
+                            + (", or name the run of this data with --out_dir" if s.eval_only else ""))
     else:
         names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
         config = GPTConfig(vocab_size=data.vocab_size, **{name: getattr(s, name) for name in names})
@@ -1948,9 +1950,12 @@ def adopt_shape(s, given):
         config = read_model(s.init_from, look=True)["config"]
         if s.block_size > config["block_size"] and "block_size" in given:
             raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config['block_size']} positions")
-        for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "block_size"):
-            if name != "block_size" or name not in given:
-                setattr(s, name, config[name])
+        for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation"):
+            if given.get(name, config[name]) != config[name]:
+                raise UserError(f"{name} is {config[name]} in {s.init_from}: leave out --{name}")
+            setattr(s, name, config[name])
+        if "block_size" not in given:
+            s.block_size = config["block_size"]
 
 
 def same_run(settings, other):
@@ -2137,7 +2142,8 @@ class Run:
         print(f"       {V:,} tokens, so expect a first loss near ln {V:,} = {math.log(V):.2f}{above}")
         print(f"machine: {self.machine}")
         print(f"batch: {plan.rows_per_step} rows of at most {s.block_size} tokens, {plan.micro_rows} at once")
-        print(f"plan: {s.max_steps:,} steps, {short(tokens / s.max_steps)} tokens each, {short(tokens)} in all: "
+        most = f" or {s.max_minutes:g} minutes, whichever comes first" if s.max_minutes else ""
+        print(f"plan: {s.max_steps:,} steps{most}, {short(tokens / s.max_steps)} tokens each, {short(tokens)} in all: "
               f"{epochs:.1f} epochs of {s.data_dir}, {tokens / parameters:.1f} tokens a parameter; "
               f"{short(operations)} operations a token, {operations * tokens:.2g} in all")
         for poor, why in (
@@ -2406,7 +2412,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
             raise SystemExit(0)
         if not word.startswith("--"):
             if bare is None or bare in given:
-                raise UserError(f"{word!r} is no option: settings are given as --name=value (see --help)")
+                quotes = f", and a {bare} with spaces or a glob stands in quotes" if bare else ""
+                raise UserError(f"{word!r} is no option: settings are given as --name=value (see --help){quotes}")
             given[bare] = word
             continue
         name, equals, text = word[2:].partition("=")

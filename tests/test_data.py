@@ -313,6 +313,8 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
         (tmp_path / "short.txt").write_text(text)
         argv = ["short.txt", "--tokenizer=char", f"--out_dir={text}"]
         assert "too short" in fails(prepare_data.main, argv, capsys)
+        (tmp_path / "short.txt").write_text(text * 100)  # lengthened, it may take the folder
+        assert prepare_data.main(argv) == 0
     monkeypatch.setattr(os, "access", lambda path, mode: path != "short.txt")  # root, who may run this, reads anything
     assert "permission" in fails(prepare_data.main, ["short.txt"], capsys)
 

@@ -3,6 +3,7 @@ import builtins
 import io
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +190,16 @@ def test_a_prompt_from_anywhere(write, trained, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Once there wäs"))
     assert text == write("--prompt=-", *options) == write("@prompt.txt", *options)
     assert text.startswith("Once there wäs") and write("--init_from=out/run/best.pt", "@prompt.txt", *options) == text
+
+
+def test_the_newest_model_is_named(trained, tmp_path, monkeypatch, capsys):
+    """Where no model is asked for, beside the text and not in it."""
+    monkeypatch.chdir(trained)
+    sample.main(["Once", "--max_new_tokens=3"])
+    captured = capsys.readouterr()
+    assert str(Path("out") / "run" / "best.pt") in captured.err and "best.pt" not in captured.out
+    sample.main([f"--export={tmp_path / 'exported'}"])
+    assert str(Path("out") / "run" / "best.pt") in capsys.readouterr().out
 
 
 def test_samples_are_a_batch(write):
