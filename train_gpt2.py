@@ -1951,8 +1951,8 @@ def adopt_shape(s, given):
         if s.block_size > config["block_size"] and "block_size" in given:
             raise UserError(f"block_size {s.block_size} is more than {s.init_from}'s {config['block_size']} positions")
         for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation"):
-            if given.get(name, config[name]) != config[name]:
-                raise UserError(f"{name} is {config[name]} in {s.init_from}: leave out --{name}")
+            if given.pop(name, config[name]) != config[name] and os.environ.get("RANK", "0") == "0":
+                print(f"note: --{name} is not heeded: {s.init_from} has {config[name]}")
             setattr(s, name, config[name])
         if "block_size" not in given:
             s.block_size = config["block_size"]

@@ -168,6 +168,8 @@ def test_export_then_train_on(run_of_stories, stories, tmp_path, capsys):
                      "--dropout=0.1", "--learning_rate=1e-4", "--eval_tokens=500"])
     config = torch.load(tmp_path / "on" / "ckpt.pt", weights_only=True)["config"]
     assert (config["n_layer"], config["n_embd"], config["dropout"]) == (1, 32, 0.1)
+    output = capsys.readouterr().out
+    assert "note: --n_layer is not heeded: folder has 1" in output and "n_layer=7" not in output
     assert "block_size" in fails(train_gpt2.main, [f"--data_dir={stories}", "--init_from=folder", "--block_size=999"],
                                  capsys)
 

@@ -150,7 +150,6 @@ CASES = [
     train("--sample_every=0", "at least 1"), train("--checkpoint_every=0", "at least 1"),
     train("--log_every=0", "at least 1"), train("--eval_only", "to evaluate"),
     train("--init_from=resume", "resumes it"),
-    (train_gpt2, [*RUN, "--init_from=out/run/ckpt.pt", "--n_layer=7"], "leave out --n_layer", None, ()),
     (train_gpt2, ["--eval_only", "--out_dir=out/run", "--data_dir=data/abc", "--rows=stream"], "name the run of this",
      None, ()),
     train("--preset=shakespeare_char", "python prepare_data.py shakespeare"),
