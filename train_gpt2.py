@@ -338,8 +338,7 @@ class ShardedLoader:
         self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
         self.rows_per_epoch = self.rows.per_epoch
         if not self.rows_per_epoch:
-            raise UserError(f"{data_dir} has too few {split} tokens ({sum(map(len, self.shards)):,}) for a row of "
-                            f"{block_size:,}: lower --block_size")
+            raise UserError(f"{data_dir}: {sum(map(len, self.shards))} {split} tokens are too few: lower --block_size")
 
     def batch(self, rows):
         """For a list of row numbers: inputs and targets, both (B, T) int64 tensors, T the longest of these rows,
