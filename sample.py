@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,7 +79,9 @@ def read_prompt(prompt):
     """The text that --prompt stands for. Raises UserError for a file that cannot be read or is no text."""
     try:
         if prompt == "-":
-            return sys.stdin.read()
+            text = sys.stdin.read()
+            text.encode()  # fails where Python let through what is no UTF-8
+            return text
         return Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
     except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or a name that none can have
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -115,8 +118,9 @@ class Explainer:
         print(f"{prompt}\n{'token':<18}{'chance':>8}{'rank':>7}{'entropy':>9}   instead of", flush=True)
 
     def show(self, token):
-        """A token as a visible, quoted string of at most 16 characters."""
-        text = self.tokenizer.decode([token]).encode("unicode_escape").decode()
+        """A token as a visible, quoted string, at most 16 long; a part of a character as its bytes, such as \\xe6."""
+        text = self.tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         return f'"{text}"' if len(text) <= 14 else f'"{text[:13]}…"'
 
     def write(self, token, logits):
@@ -125,7 +129,8 @@ class Explainer:
         rank = int((logs > logs[token]).sum()) + 1
         best = [i for i in logs.topk(min(4, len(logs))).indices.tolist() if i != token][:3]
         others = "  ".join(f"{self.show(i)} {logs[i].exp():.1%}" for i in best)
-        cell = f"{self.show(token):<18}"
+        cell = self.show(token)
+        cell += " " * (18 - sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in cell))  # W, F: two columns wide
         if self.colour:  # green, yellow, red: expected, possible, a surprise
             cell = f"\033[{32 if chance > 0.5 else 33 if chance > 0.1 else 31}m{cell}\033[0m"
         print(f"{cell}{chance:>8.1%}{rank:>7,}{entropy / math.log(2):>9.2f}   {others}", flush=True)
@@ -197,16 +202,18 @@ def main(argv=None):
         print(f"{s.export} is ready, made from {where}: AutoModelForCausalLM.from_pretrained({s.export!r})")
         return 0
     if model.tokenizer is None:
-        raise UserError(f"{where} has no tokenizer that can be read here: generate from token ids in Python instead")
+        raise UserError(f"{where} has no tokenizer that can be used here: generate from token ids in Python instead")
     model = model.to(device, pick_dtype(s.dtype, device))
     try:
-        converse(model, s) if s.interactive else write_texts(model, s, read_prompt(s.prompt))
-        if not s.init_from and not s.checkpoint:
-            print(f"note: written by {where}, the newest model here", file=sys.stderr)  # stdout is for the text
+        if s.interactive:
+            print(f"This is {where}.", end=" ")
+            converse(model, s)
+        else:
+            write_texts(model, s, read_prompt(s.prompt))
+            if not s.init_from and not s.checkpoint:
+                print(f"note: written by {where}, the newest model here", file=sys.stderr)  # stdout is for the text
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our text, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

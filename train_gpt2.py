@@ -463,14 +463,20 @@ class UserError(Exception):
 
 def reports_mistakes(main):
     """Decorates a script's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C one line and
-    130; anything else is a bug and stays one."""
+    130, a reader such as `head` that has had enough 141, as SIGPIPE would; anything else is a bug and stays one."""
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # Windows would write redirected text in a code page of 256 characters
                 stream.reconfigure(encoding="utf-8", errors="replace")
         try:
-            return main(argv)
+            try:
+                return main(argv)
+            finally:
+                print(end="", flush=True)  # not later, when nobody could catch what it raises
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except UserError as error:
             if os.environ.get("RANK", "0") != "0":
                 # Most mistakes are met by all processes, and told by the first. Where it has met the same one it is
@@ -760,17 +766,17 @@ def load_checkpoint(path, look=False):
         for key, value in checkpoint.items():
             if not all(key in ("model", "optimizer") and is_plain(tensor) for tensor in tensors_in(value)):
                 raise ValueError
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a damaged file can fail in any of a dozen ways
-        raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); use another, such as "
-                        "the best.pt beside it, or start over with "
-                        f"--out_dir={Path(path).parent} --overwrite=True") from None
+        raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__})") from None
     kinds = {"model": dict, "step": int, "config": dict, "settings": dict, "tokenizer": dict, "best_val_loss": float}
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path} is no checkpoint of train_gpt2.py: it has no {key}")
     if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
         raise UserError(f"{path} is damaged: its step or its best loss is impossible")
-    check_weights(checkpoint["model"], checkpoint["config"], path)
+    check_weights(checkpoint["model"], checkpoint["config"], path, look)
     try:
         if Tokenizer(checkpoint["tokenizer"]).vocab_size != checkpoint["config"]["vocab_size"]:
             raise UserError("its tokenizer has another vocabulary than its model")
@@ -796,8 +802,9 @@ def is_plain(tensor):
             and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
 
 
-def check_weights(weights, config, path):
-    """Raises UserError unless the state dict has exactly the tensors of a model of this config."""
+def check_weights(weights, config, path, look=False):
+    """Raises UserError unless the state dict has exactly the tensors of a model of this config, and (unless look=True)
+    numbers in them."""
     try:
         numbers = sum(t.numel() for t in weights.values())
         if config["n_layer"] > len(weights) or config["vocab_size"] * config["n_embd"] > numbers:
@@ -806,12 +813,14 @@ def check_weights(weights, config, path):
             expected = {name: t.shape for name, t in GPT(GPTConfig(**config)).state_dict().items()}
     except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path} is damaged: its model or config is malformed ({error})") from None
-    for name in expected.keys() ^ weights.keys():
+    for name in sorted(expected.keys() ^ weights.keys()):
         raise UserError(f"{path} does not fit its own config: {name} {'lacks' if name in expected else 'is too many'}")
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise UserError(f"{path} does not fit its own config: {name} is {tuple(weights[name].shape)}, "
                             f"not {tuple(shape)}")
+        if not look and not all(bound.isfinite() for bound in weights[name].aminmax()):
+            raise UserError(f"{path} is damaged: {name} holds what is no number")
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -824,6 +833,9 @@ FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True
              tie_word_embeddings=True, add_cross_attention=False)
 # SHA-256 over OpenAI's 50,256 tokens in order: a folder with these tokens has the tokenizer of kind gpt2
 GPT2_TOKENS = "e424375bafc3"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+# All that transformers would read of a folder
+MODEL_FILES = ("*config.json", "model*.safetensors*", "pytorch_model*.bin*", "*token*.json", *TOKENIZER_FILES)
 
 
 def read_model(where, look=False):
@@ -831,6 +843,9 @@ def read_model(where, look=False):
     only its config can be relied on."""
     if where in OPENAI_NAMES or os.path.isdir(where):  # not Path.is_dir, which fails where a name is too long
         return read_pretrained(where, look)
+    if not os.path.exists(where):
+        raise UserError(f"there is no checkpoint or folder {where}: train one with python train_gpt2.py, or take one "
+                        f"of OpenAI's: {', '.join(OPENAI_NAMES)}")
     return load_checkpoint(where, look)
 
 
@@ -882,8 +897,8 @@ def read_pretrained(name, look=False):
         raise UserError(f"{folder} has an output matrix of its own: GPT-2's is that of the embedding")
     found["model"] = {key: tensor.float() for key, tensor in found["model"].items()}
     spec = read_tokenizer(folder)
-    if spec is None and config["vocab_size"] == 50257:
-        spec = {"kind": "gpt2"}
+    if config["vocab_size"] == 50257 and not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        spec = {"kind": "gpt2"}  # the model was saved alone, and so many tokens are GPT-2's
     if spec and config["vocab_size"] == (50257 if spec["kind"] == "gpt2" else len(spec["ranks"]) + 1):
         found["tokenizer"] = spec
     return found
@@ -932,7 +947,7 @@ def weight_files(folder):
 def read_config(path):
     """Our config for their config.json, and whether the model's prompts begin with <|endoftext|>, as ours note there.
     Raises UserError for one that describes no GPT-2."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # not path.is_file, which fails where nobody may look
         raise UserError(f"{path.parent} is no folder of Hugging Face's: it has no config.json (of a run's folder, name "
                         "the best.pt)")
     try:
@@ -947,7 +962,7 @@ def read_config(path):
         if activation is None:
             raise UserError(f"{path} has activation_function {theirs['activation_function']!r}: only "
                             f"{', '.join(ACTIVATIONS)} can be opened here")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a GPT-2 ({type(error).__name__}: {error})") from None
     check_shape(GPTConfig(**sizes))
     return dataclasses.asdict(GPTConfig(**sizes, activation=activation)), theirs.get("starts_documents") is True
@@ -984,7 +999,7 @@ def read_tokenizer(folder):
         if ["".join(merge) for merge in merges] != longer:
             return None
         ranks = [bytes(characters[c] for c in token) for token in tokens[:-1]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     if hashlib.sha256(b"\n".join(ranks)).hexdigest().startswith(GPT2_TOKENS):
         return {"kind": "gpt2"}
@@ -1011,28 +1026,37 @@ def merges_of(tokens):
 def write_pretrained(model, folder):
     """GPT.save_pretrained: weights, config.json and, unless it is one of characters, the tokenizer. Sinusoidal
     positions become a table of learned ones, which is the same function. Raises UserError where nothing can be
-    written."""
-    folder, c = Path(folder), model.config
+    written, or a file of another model would be left beside it."""
+    folder, c, tokenizer = Path(folder), model.config, model.tokenizer
+    has_merges = tokenizer is not None and tokenizer.eot is not None
+    weight_file = "model.safetensors" if importlib.util.find_spec("safetensors") else "pytorch_model.bin"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another") from None
+    left = there - {"config.json", weight_file, *(TOKENIZER_FILES if has_merges else ())}
+    if left:
+        raise UserError(f"{folder} holds another model, whose {min(left)} would be read with this one's files: choose "
+                        "another folder")
     weights = {name: (tensor.t() if name.endswith(TURNED) else tensor).float().contiguous().cpu()
                for name, tensor in model.state_dict().items()}
-    if importlib.util.find_spec("safetensors"):
+    if weight_file.endswith(".safetensors"):
         from safetensors.torch import save
-        write_atomically(folder / "model.safetensors", lambda file: file.write(save(weights, {"format": "pt"})))
+        write_atomically(folder / weight_file, lambda file: file.write(save(weights, {"format": "pt"})))
     else:
-        write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(weights, file))
-    tokenizer = model.tokenizer
+        write_atomically(folder / weight_file, lambda file: torch.save(weights, file))
     theirs = FIXED | {
         "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size,
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout, "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
         "starts_documents": model.starts_documents,  # ours: transformers leaves it alone
         "bos_token_id": tokenizer.eot if tokenizer else None, "eos_token_id": tokenizer.eot if tokenizer else None}
-    if tokenizer is not None and tokenizer.eot is not None:
+    if has_merges:
         write_tokenizer(tokenizer, folder, c.block_size)
+        if model.starts_documents:
+            print(f"note: this model has read texts from their beginning only: for transformers, put {END_OF_TEXT} "
+                  "before each prompt")
     else:
         print(f"note: no tokenizer was written to {folder}: transformers has none of single characters; ids are the "
               "places of characters in the alphabet" if tokenizer else "note: this model has no tokenizer to write")
@@ -1982,6 +2006,14 @@ def lock(folder):
     return file
 
 
+def own_checkpoint(path, look=False):
+    """What load_checkpoint returns of a run's own file; where that fails, the way out is said."""
+    try:
+        return load_checkpoint(path, look)
+    except UserError as error:
+        raise UserError(f"{error}; to start over: --out_dir={path.parent} --overwrite=True") from None
+
+
 def choose_folder(s):
     """(folder, checkpoint to go on from or None, lock): the unfinished run of these settings, or the next free folder.
     Raises UserError where that run is still alive, or the folder cannot be written."""
@@ -2001,7 +2033,7 @@ def choose_folder(s):
                 raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
             # Killed before its first checkpoint, a run has only a best.pt, which tells whose the folder is
             saved = [path for path in (folder / "ckpt.pt", folder / "best.pt") if path.exists() and not s.overwrite]
-            found = load_checkpoint(saved[0], look=True) if saved else None
+            found = own_checkpoint(saved[0], look=True) if saved else None
             if found and not same_run(found["settings"], dataclasses.asdict(s)):
                 continue
             if lock_file is None:
@@ -2093,7 +2125,7 @@ class Run:
 
     def load(self, path):
         """Takes weights, optimizer and scaler from a checkpoint; returns its step."""
-        checkpoint = load_checkpoint(path)
+        checkpoint = own_checkpoint(path)
         if checkpoint["tokenizer"] != self.data.tokenizer.spec:
             raise UserError(f"{path} was trained with another tokenizer than {self.s.data_dir} has now: prepare "
                             f"the same data again, or start over with --out_dir={self.folder} --overwrite=True")
@@ -2428,6 +2460,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
             if following is None or following.startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=...")
             text = argv[next(words)]
+        if name != bare:  # a shell reads ~ as the home folder where a word begins, not behind a =
+            text = os.path.expanduser(text)
         given[name] = parse_value(name, kinds[name], text)
     preset_changes = {}
     if presets is not None:

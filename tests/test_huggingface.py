@@ -1,5 +1,6 @@
 """Models come from transformers and go there, ids and logits unchanged; a folder that means harm is refused."""
 import json
+import math
 import os
 import pickle
 import random
@@ -135,6 +136,82 @@ def test_tokenizers_that_cannot_be_expressed(tmp_path, capsys):
     assert "no tokenizer" in fails(sample.main, [f"--init_from={tmp_path}"], capsys)
     with pytest.raises(UserError, match="no merges make"):
         train_gpt2.merges_of([bytes([byte]) for byte in range(256)] + [b"abc"])
+
+
+def changed(**changes):
+    """Changes a part of tokenizer.json: a function from what it holds."""
+    return lambda whole: (whole.update if "normalizer" in changes else whole["pre_tokenizer"].update)(changes)
+
+
+def swapped(a, b):
+    """Lets the tokens at two places change them."""
+    def change(whole):
+        vocab = whole["model"]["vocab"]
+        names = sorted(vocab, key=vocab.get)
+        vocab[names[a]], vocab[names[b]] = vocab[names[b]], vocab[names[a]]
+    return change
+
+
+OTHER_TOKENIZERS = {
+    "spaces before texts": changed(add_prefix_space=True), "words not cut": changed(use_regex=False),
+    "cut elsewhere": changed(type="Whitespace"), "accents taken apart": changed(normalizer={"type": "NFD"}),
+    "two merges in another order": lambda whole: whole["model"]["merges"].reverse(),
+    "two tokens in another order": swapped(300, 301), "the end not at the end": swapped(300, -1),
+    "nested too deeply": None,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(name, tmp_path):
+    """Its ids would be wrong: the model is opened without it. As it was before the change it opens."""
+    tokenizer = bpe()
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=24, **SIZES[0]))
+    model.tokenizer = tokenizer
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).unlink(missing_ok=True)
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert GPT.from_pretrained(tmp_path).tokenizer.spec == tokenizer.spec
+    if OTHER_TOKENIZERS[name]:
+        OTHER_TOKENIZERS[name](whole)
+    path.write_text(json.dumps(whole) if OTHER_TOKENIZERS[name] else "[" * 100_000, encoding="utf-8")
+    assert GPT.from_pretrained(tmp_path).tokenizer is None
+
+
+def test_a_tokenizer_of_gpt2s_size_is_not_taken_for_gpt2s(gpt2_vocabulary, tmp_path):
+    model = GPT(GPTConfig(vocab_size=50257, block_size=24, **SIZES[0]))
+    model.tokenizer = gpt2_vocabulary
+    model.save_pretrained(tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    moved = {token: (i + 1) % 50257 for token, i in vocabulary.items()}  # <|endoftext|> is the first
+    (tmp_path / "vocab.json").write_text(json.dumps(moved), encoding="utf-8")
+    assert GPT.from_pretrained(tmp_path).tokenizer is None
+
+
+def test_an_export_is_not_mixed_with_another_model(tmp_path, capsys):
+    """What transformers would read beside our files is named, and everything stays; our own export is replaced."""
+    tokenizer = bpe()
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=24, **SIZES[0]))
+    model.tokenizer = tokenizer
+    for name in ("mine", "theirs", "shards"):
+        model.save_pretrained(tmp_path / name)
+    model.save_pretrained(tmp_path / "mine")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "mine").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "shards" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    letters = GPT(GPTConfig(vocab_size=3, block_size=24, **SIZES[0]))
+    letters.tokenizer = Tokenizer({"kind": "char", "alphabet": "abc"})
+    for name, other, rest in (("theirs", model, "tokenizer.json"), ("mine", letters, "merges.txt"),
+                              ("shards", model, "model-00001-of-00002.safetensors")):
+        before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(UserError, match=f"{name} holds another model, whose {rest}"):
+            other.save_pretrained(tmp_path / name)
+        assert {path: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+    assert "before each prompt" not in capsys.readouterr().out
+    model.starts_documents = True
+    model.save_pretrained(tmp_path / "mine")
+    assert "put <|endoftext|> before each prompt" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -312,6 +389,9 @@ DAMAGE = {
     "a vocabulary beyond bounds": config(vocab_size=2**60), "a huge vocabulary": config(vocab_size=2**24),
     "many positions": config(n_positions=2**24), "heads that do not divide": config(n_head=5),
     "words for numbers": config(n_layer="two"), "no heads": config(n_head="gone"), "a null": config(n_embd=None),
+    "not a number": weights(**{LN: torch.full((48,), math.nan)}), "cross attention": config(add_cross_attention=True),
+    "an infinite number": weights(**{WTE: torch.cat((torch.zeros(299, 48), torch.full((1, 48), -math.inf)))}),
+    "nested too deeply": replaced("config.json", b"[" * 100_000),
     "layers true": config(n_layer=True), "fewer layers": config(n_layer=1), "more layers": config(n_layer=3),
 }
 
@@ -331,7 +411,7 @@ def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
 
 def test_that_folder_unharmed(tmp_path):
     """What the damage is done to is a folder that opens."""
-    theirs = theirs_of(**SIZES[1])
+    theirs = theirs_of(**SIZES[1], n_inner=4 * 48)  # as it may say, although it need not
     theirs.config.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     agree(GPT.from_pretrained(tmp_path), theirs)

@@ -3,12 +3,14 @@ import builtins
 import io
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from conftest import ROOT, fails, posix
 
 import sample
 import train_gpt2
@@ -163,6 +165,76 @@ def test_no_character_is_cut(capsys):
     assert shown == text and capsys.readouterr().out == "\ufffd\n"
 
 
+@pytest.fixture
+def says(monkeypatch):
+    """A function from texts to a model whose rows say these, whatever the prompt: its tokens are bytes, and 256 is
+    <|endoftext|>, here written |. Each call for a next token adds to model.asked."""
+    def model_for(*texts):
+        model = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=1, n_embd=8)).eval()
+        model.tokenizer, model.asked = Tokenizer({"kind": "bpe", "ranks": [chr(byte) for byte in range(256)]}), 0
+
+        def pick(logits, *options):
+            model.asked += 1
+            return torch.tensor([[256 if text[model.asked - 1] == "|" else ord(text[model.asked - 1])]
+                                 for text in texts])
+        monkeypatch.setattr(train_gpt2, "pick", pick)
+        return model
+    return model_for
+
+
+def test_a_text_ends_with_its_document(says, capsys):
+    model = says("ab|cdef")
+    assert model.generate("x", 7) == "xab" and model.asked == 3
+    assert says("abcdefg").generate("x", 4) == "xabcd"
+    model = says("ab|cdef")
+    sample.write_texts(model, sample.Settings(max_new_tokens=7), "x")
+    assert capsys.readouterr().out == "xab\n" and model.asked == 3
+
+
+def test_each_text_of_a_batch_ends_for_itself(says, capsys):
+    """Those that go on are not cut, and of those that have ended nothing more is shown."""
+    model = says("a|..|...", "bcd|....", "|.......")
+    sample.write_texts(model, sample.Settings(num_samples=3, max_new_tokens=8), "x")
+    assert capsys.readouterr().out.split("---------------\n") == ["xa\n", "xbcd\n", "x\n"] and model.asked == 4
+
+
+def test_explain_counts_the_end_but_not_as_text(says, capsys):
+    model = says("ab|cdef")
+    sample.write_texts(model, sample.Settings(explain=True, max_new_tokens=7), "x")
+    *rows, last = capsys.readouterr().out.splitlines()[2:]
+    with torch.no_grad():
+        chances = torch.log_softmax(model(torch.tensor([[120, 97, 98]]))[0][0].double(), -1)
+    bits = -sum(chances[place, token].item() for place, token in enumerate((97, 98, 256))) / math.log(2)
+    assert len(rows) == 3 and last.startswith(f"{bits / 2:.3f} bits per byte: what this text of 2 bytes")
+
+
+def test_tokens_are_shown_as_they_are(says):
+    tokenizer = Tokenizer({"kind": "bpe", "ranks": [*map(chr, range(256)), "é漢".encode().decode("latin-1")]})
+    shown = sample.Explainer(tokenizer, "").show
+    assert [shown(token) for token in (*b"a \n\0", 0xE6, 0x9F, 256)] == [
+        '"a"', '" "', r'"\n"', r'"\x00"', r'"\xe6"', r'"\x9f"', '"é漢"']
+
+
+def test_wide_characters_keep_the_columns(capsys):
+    model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    model.tokenizer = Tokenizer({"kind": "char", "alphabet": "\na漢"})
+    with torch.no_grad():
+        explainer = sample.Explainer(model.tokenizer, "")
+        for token in (1, 2):
+            explainer.write(token, torch.zeros(3))
+    narrow, wide = capsys.readouterr().out.splitlines()[2:]
+    assert narrow.index("%") == wide.index("%") + 1
+
+
+def test_a_prompt_begins_a_document_where_all_rows_did(says):
+    model = says("")
+    assert encode_prompt(model, "ab") == [97, 98] and encode_prompt(model, "") == [256]
+    model.starts_documents = True
+    assert encode_prompt(model, "ab") == [256, 97, 98] and encode_prompt(model, "") == [256]
+    model.tokenizer = Tokenizer({"kind": "char", "alphabet": "ab\n"})
+    assert encode_prompt(model, "") == [2] and encode_prompt(model, "ab") == [2, 0, 1]
+
+
 @pytest.fixture(scope="module")
 def trained(stories, tmp_path_factory):
     """A folder in which a small model has been trained."""
@@ -253,6 +325,7 @@ def test_ctrl_c_stops_a_text_and_not_the_program(write, monkeypatch):
     monkeypatch.setattr(builtins, "input", type_in)
     monkeypatch.setattr(train_gpt2, "pick", pick)
     output = write("--interactive", "--max_new_tokens=6")
+    assert f"This is {Path('out') / 'run' / 'best.pt'}." in output
     assert "Once" in output and "there" in output and len(calls) == 10
 
 
@@ -276,10 +349,35 @@ def test_a_prompt_that_cannot_be_written_is_no_reason_to_go(tmp_path, capsys, mo
     (["@nowhere.txt"], "cannot read the prompt from nowhere.txt"), (["@out"], "cannot read"),
     (["@binary"], "not UTF-8"), (["--init_from=nowhere"], "there is no"), (["--init_from=out"], "no config.json"),
     (["--export=binary"], "choose another"), (["--explain=perhaps"], "True or False"), (["--prompt"], "needs a value"),
-    (["--init_from=binary"], "no checkpoint"),
+    (["--init_from=binary"], "no checkpoint"), (["--init_from=gpt3"], "OpenAI's: gpt2, gpt2-medium"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_settings(argv, message, trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
     (trained / "binary").write_bytes(b"\xff\xfe\x00")
     assert message in fails(sample.main, argv, capsys)
     assert (trained / "binary").read_bytes() == b"\xff\xfe\x00"
+
+
+def test_bytes_that_are_no_text_are_no_prompt(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\udcff"))  # as Python reads the byte ff in some locales
+    assert "not UTF-8" in fails(sample.main, ["-"], capsys)
+
+
+def test_the_home_folder_of_a_value(write, tmp_path, monkeypatch):
+    """A shell leaves the ~ in --export=~/folder alone."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    write("--export=~/folder")
+    assert (tmp_path / "folder" / "config.json").exists() and not Path("~").exists()
+    assert write("--prompt=~", "--max_new_tokens=1").startswith("~")
+
+
+@posix
+@pytest.mark.parametrize("argv", [["--help"], ["Once", "--max_new_tokens=2000"]])
+def test_a_reader_that_has_had_enough(argv, trained):
+    """`sample.py --help | head -1` says nothing of pipes."""
+    child = subprocess.Popen([sys.executable, ROOT / "sample.py", *argv], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, cwd=trained)
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 141
