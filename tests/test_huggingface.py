@@ -59,6 +59,7 @@ def test_their_models_open_here(size, form, tmp_path):
         if form == "older bin":  # as OpenAI's gpt2 stands on the hub: no prefix, no head, the mask saved, no zip
             state = {name.removeprefix("transformer."): t for name, t in state.items() if name != "lm_head.weight"}
             state["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+            state["h.0.attn.masked_bias"] = torch.tensor(-1e4)
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
     agree(GPT.from_pretrained(tmp_path), theirs)
 
@@ -67,14 +68,16 @@ def test_their_models_open_here(size, form, tmp_path):
 @pytest.mark.parametrize("options", [{}, dict(pos_encoding="sinusoidal", activation="relu")], ids=["gpt2", "others"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_our_models_open_there(size, options, safe, tmp_path, monkeypatch, capsys):
-    model = GPT(GPTConfig(vocab_size=300, block_size=24, **size, **options)).eval()
+    model = GPT(GPTConfig(vocab_size=300, block_size=24, dropout=0.25, **size, **options)).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     if not safe:
         monkeypatch.setattr(train_gpt2.importlib.util, "find_spec", lambda name: None)
     model.save_pretrained(tmp_path / "new" / "folder")
     assert (tmp_path / "new" / "folder" / "model.safetensors").exists() == safe
-    agree(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder")
+    agree(model, theirs)
+    assert (theirs.config.resid_pdrop, theirs.config.embd_pdrop, theirs.config.attn_pdrop) == (0.25,) * 3
     back = GPT.from_pretrained(tmp_path / "new" / "folder")
     assert all(torch.equal(t, back.state_dict()[name]) for name, t in model.state_dict().items())
     assert back.config.activation == model.config.activation and back.tokenizer is None
@@ -104,7 +107,9 @@ def test_a_trained_tokenizer_opens_there_and_here(tmp_path):
     model.tokenizer = tokenizer
     model.save_pretrained(tmp_path)
     same_ids(tokenizer, tmp_path, 10_000)
-    assert transformers.AutoConfig.from_pretrained(tmp_path).eos_token_id == tokenizer.eot
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id == config.bos_token_id == tokenizer.eot
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).model_max_length == 24
     assert GPT.from_pretrained(tmp_path).tokenizer.spec == tokenizer.spec
     other = tmp_path / "theirs"  # transformers 5 writes tokenizer.json alone
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(other)
@@ -287,7 +292,8 @@ def test_gpt2_from_the_hub(repository, form, gpt2_vocabulary, tmp_path):
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     train_gpt2.write_tokenizer(gpt2_vocabulary, folder, 24)
     if form == "bin":
-        (folder / "model.safetensors").unlink()
+        for name in ("model.safetensors", "vocab.json", "merges.txt"):  # so many tokens are GPT-2's all the same
+            (folder / name).unlink()
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     ids = gpt2_vocabulary.encode("Hello there")
     expected = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0,
@@ -298,9 +304,10 @@ def test_gpt2_from_the_hub(repository, form, gpt2_vocabulary, tmp_path):
         assert output == gpt2_vocabulary.decode(expected[0].tolist()) + "\n"
         asked = " ".join(server.requests)
         assert ("model.safetensors" in asked) and ("pytorch_model.bin" in asked) == (form == "bin")
-    if form == "both":
-        code, again, errors = sampling(environment, home, "Hello there")
-        assert code == 0 and again == output, errors
+        if form == "both":
+            server.requests.clear()
+            code, again, errors = sampling(environment, home, "Hello there")
+            assert code == 0 and again == output and "gpt2" not in " ".join(server.requests), errors
 
 
 def test_no_network_is_one_line(tmp_path):
@@ -413,8 +420,25 @@ def test_that_folder_unharmed(tmp_path):
     """What the damage is done to is a folder that opens."""
     theirs = theirs_of(**SIZES[1], n_inner=4 * 48)  # as it may say, although it need not
     theirs.config.save_pretrained(tmp_path)
+    config(activation_function="gone")(tmp_path)  # GPT-2's, then
+    assert train_gpt2.read_model(str(tmp_path), look=True)["config"]["n_embd"] == 48  # for which no weights are read
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     agree(GPT.from_pretrained(tmp_path), theirs)
+
+
+def test_weights_that_need_a_library_that_is_not_here(tmp_path, capsys, monkeypatch):
+    theirs_of(**SIZES[1]).save_pretrained(tmp_path)
+    monkeypatch.setattr(train_gpt2.importlib.util, "find_spec", lambda name: None)
+    assert "pip install safetensors" in fails(sample.main, [f"--init_from={tmp_path}"], capsys)
+
+
+def test_exports_are_in_float32(tmp_path):
+    """Whatever the weights are in, and marked as transformers wants them: before version 5 it refuses others."""
+    safetensors = pytest.importorskip("safetensors")
+    GPT(GPTConfig(vocab_size=300, block_size=24, **SIZES[0])).bfloat16().save_pretrained(tmp_path)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
 
 
 def test_a_tokenizer_that_means_harm(tmp_path):

@@ -2,9 +2,11 @@
 import builtins
 import io
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from conftest import ROOT, fails, posix
 
 import sample
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, Tokenizer, encode_prompt, stream
+from train_gpt2 import GPT, GPTConfig, Tokenizer, UserError, encode_prompt, stream
 
 SHAPES = [dict(n_layer=2, n_head=3, n_embd=48, block_size=24),
           dict(n_layer=3, n_head=1, n_embd=32, block_size=17, activation="relu", pos_encoding="sinusoidal"),
@@ -208,11 +210,42 @@ def test_explain_counts_the_end_but_not_as_text(says, capsys):
     assert len(rows) == 3 and last.startswith(f"{bits / 2:.3f} bits per byte: what this text of 2 bytes")
 
 
+def test_a_long_prompt_keeps_its_end_and_says_so(says, capsys):
+    sample.write_texts(says("a"), sample.Settings(max_new_tokens=1), "x" * 17)
+    captured = capsys.readouterr()
+    assert "17 tokens; the model sees the last 16" in captured.err and captured.out == "x" * 17 + "a\n"
+    sample.write_texts(says("a"), sample.Settings(max_new_tokens=1), "x" * 16)
+    assert capsys.readouterr().err == ""
+
+
+def test_colours_on_a_terminal(says, capsys, monkeypatch):
+    tokenizer, logits = says("").tokenizer, torch.tensor([0.7, 0.29, 0.01]).log()
+    for terminal, wish, colours in ((True, {}, ["32", "33", "31"]), (True, {"NO_COLOR": "1"}, []), (False, {}, [])):
+        with monkeypatch.context() as patch:
+            patch.delenv("NO_COLOR", raising=False)
+            for name, value in wish.items():
+                patch.setenv(name, value)
+            patch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+            explainer = sample.Explainer(tokenizer, "")
+        for token in range(3):
+            explainer.write(token, logits)
+        assert re.findall(r"\033\[(3\d)m", capsys.readouterr().out) == colours
+
+
+def test_texts_that_do_not_fit_into_memory():
+    model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(UserError, match="lower num_samples"):
+        train_gpt2.KVCache(model, 10**7, 10**7)
+
+
 def test_tokens_are_shown_as_they_are(says):
     tokenizer = Tokenizer({"kind": "bpe", "ranks": [*map(chr, range(256)), "é漢".encode().decode("latin-1")]})
     shown = sample.Explainer(tokenizer, "").show
     assert [shown(token) for token in (*b"a \n\0", 0xE6, 0x9F, 256)] == [
         '"a"', '" "', r'"\n"', r'"\x00"', r'"\xe6"', r'"\x9f"', '"é漢"']
+    tokenizer = Tokenizer({"kind": "bpe", "ranks": [*map(chr, range(256)), "x" * 14, "x" * 15]})
+    shown = sample.Explainer(tokenizer, "").show
+    assert shown(256) == f'"{"x" * 14}"' and shown(257) == f'"{"x" * 13}…"'
 
 
 def test_wide_characters_keep_the_columns(capsys):
@@ -267,6 +300,11 @@ def test_a_prompt_from_anywhere(write, trained, monkeypatch):
 def test_the_newest_model_is_named(trained, tmp_path, monkeypatch, capsys):
     """Where no model is asked for, beside the text and not in it."""
     monkeypatch.chdir(trained)
+    for name, age in (("a", -60), ("z", -120)):  # older ones, whatever they are called
+        path = trained / "out" / name / "best.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (time.time() + age,) * 2)
     sample.main(["Once", "--max_new_tokens=3"])
     captured = capsys.readouterr()
     assert str(Path("out") / "run" / "best.pt") in captured.err and "best.pt" not in captured.out
@@ -280,15 +318,37 @@ def test_samples_are_a_batch(write):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
-def test_dtypes(write, dtype):
+def test_dtypes(write, dtype, asked):
     assert write("Once", f"--dtype={dtype}", "--max_new_tokens=5", "--temperature=0").startswith("Once")
+    expected = train_gpt2.pick_dtype(dtype, torch.device("cpu"))
+    assert asked["model"].transformer.wte.weight.dtype == expected and (dtype == "auto" or dtype in str(expected))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What sample.py asks `stream` for."""
+    found = {}
+
+    def spy(model, idx, *options):
+        found.update(model=model, options=options, rows=len(idx))
+        return stream(model, idx, *options)
+    monkeypatch.setattr(sample, "stream", spy)
+    return found
+
+
+def test_every_option_arrives(write, asked):
+    write("Once", "--max_new_tokens=3")
+    assert asked["options"] == (3, 0.8, None, None, None) and asked["rows"] == 1
+    write("Once", "--max_new_tokens=4", "--temperature=1.5", "--top_k=7", "--top_p=0.9", "--seed=5", "--num_samples=2")
+    assert asked["options"] == (4, 1.5, 7, 0.9, 5) and asked["rows"] == 2
 
 
 def test_explain_says_what_the_model_thinks(write, trained):
     model = GPT.from_checkpoint(trained / "out" / "run" / "best.pt")
     ids = encode_prompt(model, "Once")
-    new = model.generate(torch.tensor([ids]), 12, seed=8)[0].tolist()[len(ids):]
-    rows = write("Once", "--explain", "--max_new_tokens=12", "--seed=8", "--temperature=1", "--dtype=float32")
+    new = model.generate(torch.tensor([ids]), 12, seed=8, temperature=0.7)[0].tolist()[len(ids):]
+    # The chances are the model's own, whatever the temperature
+    rows = write("Once", "--explain", "--max_new_tokens=12", "--seed=8", "--temperature=0.7", "--dtype=float32")
     assert "\033" not in rows
     rows = rows.splitlines()[2:]
     nats = 0
@@ -327,6 +387,21 @@ def test_ctrl_c_stops_a_text_and_not_the_program(write, monkeypatch):
     output = write("--interactive", "--max_new_tokens=6")
     assert f"This is {Path('out') / 'run' / 'best.pt'}." in output
     assert "Once" in output and "there" in output and len(calls) == 10
+
+
+def test_ctrl_c_keeps_what_is_written(trained, monkeypatch, capsys):
+    """And ends sample.py with the status of Ctrl-C."""
+    monkeypatch.chdir(trained)
+    tokens = iter([97, 98])  # then KeyboardInterrupt
+
+    def pick(*args):
+        for token in tokens:
+            return torch.tensor([[token]])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_gpt2, "pick", pick)
+    assert sample.main(["Once", "--device=cpu"]) == 130
+    model = GPT.from_checkpoint(trained / "out" / "run" / "best.pt")
+    assert capsys.readouterr().out == "Once" + model.tokenizer.decode([97, 98]) + "\n" and not model.training
 
 
 def test_a_prompt_that_cannot_be_written_is_no_reason_to_go(tmp_path, capsys, monkeypatch):
