@@ -25,6 +25,7 @@ from train_gpt2 import (
     UserError,
     check_ranges,
     encode_prompt,
+    is_out_of_memory,
     keep_memory,
     model_from,
     parse_settings,
@@ -70,7 +71,8 @@ def check_settings(s):
             (s.top_p is not None and not 0 < s.top_p <= 1, f"top_p is {s.top_p}: it must be above 0 and at most 1"),
             (s.checkpoint and s.init_from, "checkpoint and init_from both name a model: leave one out"),
             (s.explain and s.num_samples > 1, "explain shows one text: leave out num_samples"),
-            (s.interactive and s.prompt, "interactive asks for its prompts: leave out the prompt")):
+            (s.interactive and s.prompt, "interactive asks for its prompts: leave out the prompt"),
+            (s.export and (s.prompt or s.explain or s.interactive), "export writes no text: leave out the rest")):
         if wrong:
             raise UserError(why)
 
@@ -96,7 +98,7 @@ class Writer:
         self.tokenizer, self.decoder, self.ended = tokenizer, codecs.getincrementaldecoder("utf-8")("replace"), False
         print(prompt, end="", flush=True)
 
-    def write(self, token, logits=None):
+    def write(self, token, logits=None):  # which an Explainer needs in this place
         if token == self.tokenizer.eot:
             self.end()
         elif not self.ended:
@@ -183,10 +185,31 @@ def converse(model, s):
             write_texts(model, s, prompt)
         except UserError as error:  # a character that the vocabulary lacks is no reason to go
             print(f"error: {error}", file=sys.stderr)
+        except UnicodeDecodeError:
+            print("error: that was no UTF-8 text", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except EOFError:
             return print()
+
+
+def answer(s, where, device, prompt):
+    """Reads the model, and does with it what the settings ask for."""
+    model = model_from(read_model(where))
+    if s.export:
+        model.save_pretrained(s.export)
+        print(f"{s.export} is ready, made from {where}: AutoModelForCausalLM.from_pretrained({s.export!r})")
+        return
+    if model.tokenizer is None:
+        raise UserError(f"{where} has no tokenizer that can be used here: generate from token ids in Python instead")
+    model = model.to(device, pick_dtype(s.dtype, device))
+    if s.interactive:
+        print(f"This is {where}.", end=" ")
+        converse(model, s)
+    else:
+        write_texts(model, s, prompt)
+        if not s.init_from and not s.checkpoint:
+            print(f"note: written by {where}, the newest model here", file=sys.stderr)  # stdout is for the text
 
 
 @reports_mistakes
@@ -194,26 +217,15 @@ def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
     check_settings(s)
     keep_memory()
-    device = pick_device(s.device)
-    where = s.init_from or s.checkpoint or newest_checkpoint()
-    model = model_from(read_model(where))
-    if s.export:
-        model.save_pretrained(s.export)
-        print(f"{s.export} is ready, made from {where}: AutoModelForCausalLM.from_pretrained({s.export!r})")
-        return 0
-    if model.tokenizer is None:
-        raise UserError(f"{where} has no tokenizer that can be used here: generate from token ids in Python instead")
-    model = model.to(device, pick_dtype(s.dtype, device))
+    device, prompt = pick_device(s.device), read_prompt(s.prompt)
     try:
-        if s.interactive:
-            print(f"This is {where}.", end=" ")
-            converse(model, s)
-        else:
-            write_texts(model, s, read_prompt(s.prompt))
-            if not s.init_from and not s.checkpoint:
-                print(f"note: written by {where}, the newest model here", file=sys.stderr)  # stdout is for the text
+        answer(s, s.init_from or s.checkpoint or newest_checkpoint(), device, prompt)
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{device} is out of memory: lower num_samples, or take a smaller model") from None
     return 0
 
 

@@ -234,13 +234,14 @@ class GPT(nn.Module):
 
     `model(idx, targets)` takes (B, T) int64 ids and returns `(logits, loss)`: logits (B, T, V), and the mean of
     -ln(probability of the target), in nats a token, over the targets that are not -1. Without targets the loss is None.
+    With a cache (KVCache) idx is what follows the tokens in it, and the logits are (B, 1, V), of the last token.
     Raises UserError for a config that cannot be built and ValueError for rows longer than block_size."""
 
     def __init__(self, config, init_std=0.02):
         super().__init__()
         check_shape(config)
         self.config = config
-        self.tokenizer = None  # from_checkpoint sets it; generate() needs it to take and return text
+        self.tokenizer = None  # set where a model is read from disk; generate() needs it to take and return text
         self.starts_documents = False  # does a prompt need <|endoftext|> before it? True after rows="documents"
         self.transformer = nn.ModuleDict(dict(  # all names are OpenAI's, so that their weights fit
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token ...
@@ -494,6 +495,14 @@ def is_out_of_memory(error):
     """Does this exception say so? CUDA has a class of its own for it, other devices have only words."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(
         re.search("out of memory|can't allocate memory|not enough memory", str(error)))
+
+
+def physical_memory():
+    """This machine's, in bytes; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return math.inf
 
 
 def mix(*numbers):
@@ -831,7 +840,7 @@ ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"} 
 # What else their config can say, and the one value of each that this model computes
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
              tie_word_embeddings=True, add_cross_attention=False)
-# SHA-256 over OpenAI's 50,256 tokens in order: a folder with these tokens has the tokenizer of kind gpt2
+# How the SHA-256 of OpenAI's 50,256 tokens in order begins: a folder with these tokens has the tokenizer of kind gpt2
 GPT2_TOKENS = "e424375bafc3"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 # All that transformers would read of a folder
@@ -890,6 +899,8 @@ def read_pretrained(name, look=False):
                     raise ValueError
                 found["model"][key] = tensor.t() if key.endswith(TURNED) else tensor
         except Exception as error:  # a damaged file can fail in any of a dozen ways
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{path} holds no weights, or is damaged ({type(error).__name__})") from None
     head = found["model"].pop("transformer.lm_head.weight", None)
     check_weights(found["model"], config, folder)
@@ -910,7 +921,8 @@ def download(name, look):
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
     huggingface_hub.logging.set_verbosity_error()  # we say it ourselves, in one line
-    weights = ["model.safetensors", "pytorch_model.bin"][0 if importlib.util.find_spec("safetensors") else 1:]
+    weights = "model.safetensors" if importlib.util.find_spec("safetensors") else "pytorch_model.bin"
+    problem = None
     for offline in (True, False):  # what is at hand needs no network
         for repository in (f"openai-community/{name}", name):  # the name that it has now, and its first one
             get = functools.partial(huggingface_hub.hf_hub_download, repository, local_files_only=offline)
@@ -920,16 +932,17 @@ def download(name, look):
                 folder = Path(get("config.json")).parent
                 if not look:
                     with contextlib.suppress(EntryNotFoundError):
-                        get("vocab.json"), get("merges.txt")
+                        get("vocab.json")
+                        get("merges.txt")
                     try:
-                        get(weights[0])
+                        get(weights)
                     except EntryNotFoundError:
-                        get(weights[-1])
+                        get("pytorch_model.bin")
                 return folder
             except Exception as error:  # a network fails in a dozen ways
-                problem = error
-    raise UserError(f"{name} cannot be downloaded ({type(problem).__name__}): connect to the network, or give a folder "
-                    "that holds it")
+                problem = problem or (None if offline else error)
+    reason = getattr(problem, "strerror", None) or type(problem).__name__
+    raise UserError(f"{name} cannot be downloaded ({reason}): connect to the network, or give a folder that holds it")
 
 
 def weight_files(folder):
@@ -999,6 +1012,8 @@ def read_tokenizer(folder):
         if ["".join(merge) for merge in merges] != longer:
             return None
         ranks = [bytes(characters[c] for c in token) for token in tokens[:-1]]
+        if len(ranks) - len(longer) != 256:  # it cannot write all bytes
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     if hashlib.sha256(b"\n".join(ranks)).hexdigest().startswith(GPT2_TOKENS):
@@ -1340,30 +1355,37 @@ class KVCache:
         # The CPU's bfloat16 attention takes 5 times as long over 1,000 tokens as the conversion and float32
         self.dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         try:
+            # Linux promises more memory than there is, and kills who then uses it
+            if weight.device.type == "cpu" and 4 * config.n_layer * math.prod(shape) > physical_memory():
+                raise MemoryError
             self.store = {block.attn: torch.empty(shape, dtype=self.dtype, device=weight.device)
                           for block in model.transformer.h}
-        except RuntimeError:
-            raise UserError(f"{batch:,} texts at once do not fit into memory: lower num_samples") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"{batch:,} texts of {length:,} tokens at once do not fit into memory: lower num_samples "
+                            "or max_new_tokens") from None
         self.length = 0  # tokens in it
 
     def extend(self, layer, new):
-        """Adds the keys and values of T tokens, (2, B, n_head, T, head_dim); returns all of this layer up to these, of
-        later tokens in the dtype of the cache."""
+        """Adds a layer's keys and values of T new tokens, `new` (2, B, n_head, T, head_dim); returns those of all its
+        tokens so far. Where the cache has a dtype of its own, so has what is returned, but for the first tokens."""
         store, T = self.store[layer], new.size(3)
         store.narrow(3, self.length, T).copy_(new)  # a slice of the tokens, at a third of the cost of indexing
         # At first `new` is all there is, in the rows that were given, of which one may stand for all
         return new if self.length == 0 else store.narrow(3, 0, self.length + T)
 
     def advance(self, x):
-        """(B, T, C) -> (B, 1, C): all layers have seen these T tokens now; only what follows the last is asked for."""
+        """Counts T tokens, which all layers have seen now; (B, T, C) -> (B, 1, C), for only what follows the last of
+        them is asked for."""
         self.length += x.size(1)
         return x[:, -1:]
 
 
 def token_reader(model, rows):
-    """A function read(token, cache): model(token, cache=cache) for one new token of each row, token (rows, 1) -> logits
-    (rows, V), written out, with all that stays the same looked up beforehand: for so little work the way through
-    modules would take a third of the time."""
+    """A function read(token, cache): token (rows, 1), one new one of each row, to logits (rows, V). It does what
+    GPT.forward does with a cache, written out, with all that stays the same looked up beforehand: for so little work
+    the way through modules would take a third of the time."""
     def norm(module):
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
@@ -1417,17 +1439,17 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         text, cache = [idx[:, -context:]], None
         fresh = text[0]  # what the model has not read yet
         for _ in range(max_new_tokens):
-            if cache is None or cache.length + fresh.size(1) > context:
-                if cache is not None:
-                    fresh = torch.cat(text, dim=1)[:, -max(1, context // 2):]
-                    text = [fresh]
+            if cache is None:
                 cache = KVCache(model, B, min(context, fresh.size(1) + max_new_tokens))
-                if (fresh == fresh[:1]).all():  # samples of one prompt: read it once
-                    fresh = fresh[:1]
+            elif cache.length + fresh.size(1) > context:
+                fresh = torch.cat(text, dim=1)[:, -max(1, context // 2):]
+                text, cache.length = [fresh], 0
             if cache.length:
                 logits = read_token(fresh, cache).float()  # (B, V)
             else:
-                logits = model(fresh, cache=cache)[0][:, -1].float().expand(B, -1)
+                if (fresh == fresh[:1]).all():  # samples of one prompt: read it once
+                    fresh = fresh[:1]
+                logits = model(fresh, cache=cache)[0][:, -1].float().expand(B, -1).contiguous()
             fresh = pick(logits, temperature, top_k, top_p, generator)  # (B, 1)
             text.append(fresh)
             yield fresh[:, 0], logits
@@ -1449,8 +1471,9 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         probs = probs.masked_fill(before >= top_p, 0)
     # One random number a row and the first token whose cumulated probability reaches it: torch.multinomial draws a
     # number for every token, which for 16 texts of GPT-2 takes half as long as the model
-    cumulated = probs.cumsum_(dim=-1)  # (B, V), in the place of probs, which nothing needs after this
-    drawn = 1 - torch.rand((len(probs), 1), generator=generator, device=probs.device)  # above 0, at most 1
+    cumulated = probs.cumsum_(dim=-1)  # (B, V or k), in the place of probs, which nothing needs after this
+    # Above 0, at most 1: a first token without any probability would reach 0
+    drawn = 1 - torch.rand((len(probs), 1), generator=generator, device=probs.device)
     choice = torch.searchsorted(cumulated, drawn * cumulated[:, -1:])
     return choice if index is None else index.gather(-1, choice)
 
@@ -2442,6 +2465,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
             print_help(cls, doc, presets)
             raise SystemExit(0)
         if not word.startswith("--"):
+            if word.startswith("-") and word[1:].partition("=")[0] in kinds:
+                raise UserError(f"{word}: settings begin with two dashes: -{word}")
             if bare is None or bare in given:
                 quotes = f", and a {bare} with spaces or a glob stands in quotes" if bare else ""
                 raise UserError(f"{word!r} is no option: settings are given as --name=value (see --help){quotes}")

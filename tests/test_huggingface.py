@@ -157,32 +157,37 @@ def swapped(a, b):
     return change
 
 
+def bytes_lacking(model):
+    """As a trainer leaves out what its texts do not have: one byte and all that was merged from it."""
+    gone = [token for token in model["vocab"] if "\u0143" in token]  # the byte ad
+    kept = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in gone]
+    merges = [m for m in model["merges"] if "\u0143" not in "".join(m)]
+    return {"vocab": {token: i for i, token in enumerate(kept)}, "merges": merges}
+
+
 OTHER_TOKENIZERS = {
     "spaces before texts": changed(add_prefix_space=True), "words not cut": changed(use_regex=False),
     "cut elsewhere": changed(type="Whitespace"), "accents taken apart": changed(normalizer={"type": "NFD"}),
     "two merges in another order": lambda whole: whole["model"]["merges"].reverse(),
     "two tokens in another order": swapped(300, 301), "the end not at the end": swapped(300, -1),
-    "nested too deeply": None,
+    "a byte lacking": lambda whole: whole["model"].update(bytes_lacking(whole["model"])),
 }
 
 
-@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+@pytest.mark.parametrize("name", [None, *OTHER_TOKENIZERS])
 def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(name, tmp_path):
-    """Its ids would be wrong: the model is opened without it. As it was before the change it opens."""
+    """Its ids would be wrong: the model is opened without it. Unchanged (None) it is opened."""
     tokenizer = bpe()
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=24, **SIZES[0]))
-    model.tokenizer = tokenizer
-    model.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
-    for file in ("vocab.json", "merges.txt"):
-        (tmp_path / file).unlink(missing_ok=True)
-    path = tmp_path / "tokenizer.json"
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    assert GPT.from_pretrained(tmp_path).tokenizer.spec == tokenizer.spec
-    if OTHER_TOKENIZERS[name]:
-        OTHER_TOKENIZERS[name](whole)
-    path.write_text(json.dumps(whole) if OTHER_TOKENIZERS[name] else "[" * 100_000, encoding="utf-8")
-    assert GPT.from_pretrained(tmp_path).tokenizer is None
+    train_gpt2.write_tokenizer(tokenizer, tmp_path, 24)
+    theirs = tmp_path / "theirs"
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(theirs)
+    whole = json.loads((theirs / "tokenizer.json").read_text(encoding="utf-8"))
+    OTHER_TOKENIZERS.get(name, lambda whole: None)(whole)
+    model = GPT(GPTConfig(vocab_size=len(whole["model"]["vocab"]), block_size=24, **SIZES[0]))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    found = GPT.from_pretrained(tmp_path / "model").tokenizer
+    assert found is None if name else found.spec == tokenizer.spec
 
 
 def test_a_tokenizer_of_gpt2s_size_is_not_taken_for_gpt2s(gpt2_vocabulary, tmp_path):
@@ -310,6 +315,14 @@ def test_gpt2_from_the_hub(repository, form, gpt2_vocabulary, tmp_path):
             assert code == 0 and again == output and "gpt2" not in " ".join(server.requests), errors
 
 
+def test_a_full_disk_is_not_the_network(gpt2_vocabulary, tmp_path):
+    """What is said is what went wrong first, at the name that the model has now."""
+    (tmp_path / "file").write_text("")
+    with hub.serve(models={"openai-community/gpt2": {"config.json": b"{}"}}) as (environment, _):
+        code, _, errors = sampling(environment | {"HF_HUB_CACHE": str(tmp_path / "file")}, tmp_path)
+    assert code == 2 and "RepositoryNotFound" not in errors and len(errors.splitlines()) == 1, errors
+
+
 def test_no_network_is_one_line(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -397,7 +410,7 @@ DAMAGE = {
     "many positions": config(n_positions=2**24), "heads that do not divide": config(n_head=5),
     "words for numbers": config(n_layer="two"), "no heads": config(n_head="gone"), "a null": config(n_embd=None),
     "not a number": weights(**{LN: torch.full((48,), math.nan)}), "cross attention": config(add_cross_attention=True),
-    "an infinite number": weights(**{WTE: torch.cat((torch.zeros(299, 48), torch.full((1, 48), -math.inf)))}),
+    "an infinite number": weights(transformer__h__0__ln_1__weight=torch.full((48,), -math.inf)),
     "nested too deeply": replaced("config.json", b"[" * 100_000),
     "layers true": config(n_layer=True), "fewer layers": config(n_layer=1), "more layers": config(n_layer=3),
 }
@@ -445,7 +458,8 @@ def test_a_tokenizer_that_means_harm(tmp_path):
     """A damaged tokenizer is none."""
     theirs_of(**SIZES[0]).save_pretrained(tmp_path)
     for vocabulary, merges in (("[]", ""), ('{"a": "x"}', ""), ("{", ""), ('{"a": [], "b": {}}', "a b"),
-                               ("null", "\xff"), ('{"<|endoftext|>": 0}', ""), ('{"漢": 0, "<|endoftext|>": 1}', "")):
+                               ("null", "\xff"), ('{"<|endoftext|>": 0}', ""), ("[" * 100_000, ""),
+                               ('{"漢": 0, "<|endoftext|>": 1}', "")):
         (tmp_path / "vocab.json").write_text(vocabulary, encoding="utf-8")
         (tmp_path / "merges.txt").write_text(merges, encoding="latin-1")
         assert GPT.from_pretrained(tmp_path).tokenizer is None

@@ -21,6 +21,7 @@ from train_gpt2 import GPT, GPTConfig, Tokenizer, UserError, encode_prompt, stre
 SHAPES = [dict(n_layer=2, n_head=3, n_embd=48, block_size=24),
           dict(n_layer=3, n_head=1, n_embd=32, block_size=17, activation="relu", pos_encoding="sinusoidal"),
           dict(n_layer=1, n_head=8, n_embd=64, block_size=33, attention="manual")]
+NARROW = dict(n_layer=1, n_head=1, n_embd=8, block_size=1)
 
 
 def strong_model(**shape):
@@ -28,11 +29,11 @@ def strong_model(**shape):
     torch.manual_seed(4)
     model = GPT(GPTConfig(vocab_size=97, **shape)).eval()
     for parameter in model.parameters():
-        parameter.data.mul_(4)
+        parameter.data.mul_(4).add_(0.1 * torch.randn_like(parameter))  # biases too
     return model
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['n_layer']} layers")
+@pytest.mark.parametrize("shape", [*SHAPES, NARROW], ids=lambda shape: f"context of {shape['block_size']}")
 @pytest.mark.parametrize("prompt", ["one token", "full context", "beyond it"])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_cache_changes_nothing(shape, prompt, batch):
@@ -45,7 +46,7 @@ def test_the_cache_changes_nothing(shape, prompt, batch):
     text, window = idx, idx[:, -context:]
     for _ in range(2 * context):
         if window.size(1) > context:
-            window = text[:, -(context // 2):]
+            window = text[:, -max(1, context // 2):]
         with torch.no_grad():
             token = model(window)[0][:, -1].argmax(-1, keepdim=True)
         text, window = torch.cat((text, token), 1), torch.cat((window, token), 1)
@@ -88,9 +89,9 @@ def test_dtypes_that_onednn_lacks(dtype, monkeypatch):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_what_was_sampled_can_be_trained_on(temperature):
     """As reinforcement learning does: the texts, and the logits that they were chosen from, are ordinary tensors."""
-    model = strong_model(**SHAPES[0])
-    sampled = list(stream(model, torch.randint(97, (2, 4)), 6, temperature=temperature))
-    texts = torch.stack([token for token, _ in sampled], dim=1)  # (2, 6)
+    model, idx = strong_model(**SHAPES[0]), torch.randint(97, (2, 4))
+    sampled = [*stream(model, idx, 6, temperature=temperature), *stream(model, idx[:1].expand(2, 4), 6)]
+    texts = torch.stack([token for token, _ in sampled], dim=1)  # (2, 12)
     model(texts[:, :-1], texts[:, 1:])[1].backward()
     scale = torch.ones(97, requires_grad=True)
     for _, logits in sampled:
@@ -151,6 +152,21 @@ def test_options_of_generate():
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-40)):
         assert torch.equal(model.generate(idx, 15, seed=1, **options), greedy)
     assert model.train().generate(idx, 1).shape == (2, 6) and model.training
+
+
+def test_dropout_is_for_training():
+    """Sampling leaves it out, and the model in the mode in which it was."""
+    model, idx = strong_model(**SHAPES[0], dropout=0.5), torch.randint(97, (1, 9))
+    text = model.eval().generate(idx, 9, temperature=0)
+    assert not model.training and torch.equal(model.train().generate(idx, 9, temperature=0), text) and model.training
+
+
+def test_one_cache_serves_a_text_of_any_length(monkeypatch):
+    """Past the context too: two of them would be two to find room for."""
+    made, real = [], train_gpt2.KVCache.__init__
+    monkeypatch.setattr(train_gpt2.KVCache, "__init__", lambda *args: made.append(args) or real(*args))
+    strong_model(**SHAPES[0]).generate(torch.randint(97, (2, 9)), 90)
+    assert len(made) == 1
 
 
 def test_no_character_is_cut(capsys):
@@ -234,8 +250,23 @@ def test_colours_on_a_terminal(says, capsys, monkeypatch):
 
 def test_texts_that_do_not_fit_into_memory():
     model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(UserError, match="lower num_samples"):
-        train_gpt2.KVCache(model, 10**7, 10**7)
+    for rows in (10**7, 10**5):  # more than a process can name, and a petabyte, which Linux would promise
+        with pytest.raises(UserError, match="lower num_samples"):
+            train_gpt2.KVCache(model, rows, 10**7)
+    with pytest.raises(RuntimeError, match="negative"):  # no want of memory: a bug stays one
+        train_gpt2.KVCache(model, -1, 8)
+
+
+def test_too_little_memory_is_one_line(trained, monkeypatch, capsys):
+    def pick(*args):
+        raise RuntimeError(words)
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(train_gpt2, "pick", pick)
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"
+    assert "cpu is out of memory: lower num_samples" in fails(sample.main, ["--device=cpu"], capsys)
+    words = "index out of range"
+    with pytest.raises(RuntimeError, match=words):
+        sample.main(["--device=cpu"])
 
 
 def test_tokens_are_shown_as_they_are(says):
@@ -424,16 +455,23 @@ def test_a_prompt_that_cannot_be_written_is_no_reason_to_go(tmp_path, capsys, mo
     (["@nowhere.txt"], "cannot read the prompt from nowhere.txt"), (["@out"], "cannot read"),
     (["@binary"], "not UTF-8"), (["--init_from=nowhere"], "there is no"), (["--init_from=out"], "no config.json"),
     (["--export=binary"], "choose another"), (["--explain=perhaps"], "True or False"), (["--prompt"], "needs a value"),
+    (["--export=x", "hello"], "writes no text"), (["-temperature=0"], "two dashes: --temperature=0"),
     (["--init_from=binary"], "no checkpoint"), (["--init_from=gpt3"], "OpenAI's: gpt2, gpt2-medium"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_settings(argv, message, trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
     (trained / "binary").write_bytes(b"\xff\xfe\x00")
-    assert message in fails(sample.main, argv, capsys)
+    line = fails(sample.main, argv, capsys)
+    assert message in line and "overwrite" not in line  # which is for runs
     assert (trained / "binary").read_bytes() == b"\xff\xfe\x00"
 
 
-def test_bytes_that_are_no_text_are_no_prompt(trained, capsys, monkeypatch):
+def test_bytes_that_are_no_text_are_no_prompt(trained, says, capsys, monkeypatch):
+    lines = iter([b"a\xff", b"ok", b""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines).decode())
+    sample.converse(says("b"), sample.Settings(max_new_tokens=1))
+    captured = capsys.readouterr()
+    assert captured.err == "error: that was no UTF-8 text\n" and captured.out.endswith("\nokb\n")
     monkeypatch.chdir(trained)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\udcff"))  # as Python reads the byte ff in some locales
     assert "not UTF-8" in fails(sample.main, ["-"], capsys)
