@@ -828,7 +828,7 @@ def check_weights(weights, config, path, look=False):
         if weights[name].shape != shape:
             raise UserError(f"{path} does not fit its own config: {name} is {tuple(weights[name].shape)}, "
                             f"not {tuple(shape)}")
-        if not look and not all(bound.isfinite() for bound in weights[name].aminmax()):
+        if not look and not all(bound.isfinite() for bound in weights[name].float().aminmax()):
             raise UserError(f"{path} is damaged: {name} holds what is no number")
 
 
@@ -843,8 +843,9 @@ FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True
 # How the SHA-256 of OpenAI's 50,256 tokens in order begins: a folder with these tokens has the tokenizer of kind gpt2
 GPT2_TOKENS = "e424375bafc3"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-# All that transformers would read of a folder
-MODEL_FILES = ("*config.json", "model*.safetensors*", "pytorch_model*.bin*", "*token*.json", *TOKENIZER_FILES)
+# What else transformers would read of a folder that holds it
+MODEL_FILES = ("model*.safetensors*", "pytorch_model*.bin*", "generation_config.json", "tokenizer.json",
+               "special_tokens_map.json", "added_tokens.json", *TOKENIZER_FILES)
 
 
 def read_model(where, look=False):
@@ -1050,7 +1051,7 @@ def write_pretrained(model, folder):
         there = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another") from None
-    left = there - {"config.json", weight_file, *(TOKENIZER_FILES if has_merges else ())}
+    left = there - {weight_file, *(TOKENIZER_FILES if has_merges else ())}
     if left:
         raise UserError(f"{folder} holds another model, whose {min(left)} would be read with this one's files: choose "
                         "another folder")

@@ -165,7 +165,13 @@ def bytes_lacking(model):
     return {"vocab": {token: i for i, token in enumerate(kept)}, "merges": merges}
 
 
+def another_end(whole):
+    vocab = whole["model"]["vocab"]
+    vocab["<pad>"] = vocab.pop("<|endoftext|>")
+
+
 OTHER_TOKENIZERS = {
+    "another end": another_end,
     "spaces before texts": changed(add_prefix_space=True), "words not cut": changed(use_regex=False),
     "cut elsewhere": changed(type="Whitespace"), "accents taken apart": changed(normalizer={"type": "NFD"}),
     "two merges in another order": lambda whole: whole["model"]["merges"].reverse(),
