@@ -262,9 +262,11 @@ def test_the_current_folder_as_out_dir(trained):
 
 
 def refused(path, capsys):
-    """Neither sampling nor going on nor starting from it does anything with this checkpoint."""
+    """Neither sampling nor going on nor starting from it does anything with this checkpoint; the way to start over is
+    said to whoever goes on."""
     before = hashes(Path.cwd())
-    assert str(path) in fails(train_gpt2.main, RUN, capsys)
+    line = fails(train_gpt2.main, RUN, capsys)
+    assert str(path) in line and line.endswith(f"--out_dir={path.parent} --overwrite=True")
     assert str(path) in fails(sample.main, [f"--checkpoint={path}"], capsys)
     assert str(path) in fails(train_gpt2.main, [*RUN, "--out_dir=out/new", f"--init_from={path}"], capsys)
     after = hashes(Path.cwd())
@@ -298,6 +300,7 @@ DAMAGES = [
     put(-16, "config", "n_embd"), put(float("nan"), "config", "dropout"),
     put(torch.zeros(1), "model", "extra"), lambda c: c["model"].popitem(), put("/etc/passwd", "model", WTE),
     put(torch.zeros(16, dtype=torch.int64), "model", "transformer.ln_f.bias"), put(HUGE, "model", WTE),
+    put(torch.full((16,), float("nan")), "model", "transformer.ln_f.bias"),
     put(torch.sparse_coo_tensor(size=(10**6, 10**6), check_invariants=True), "model", WTE),
     put(torch.empty(10**6, 10**6, device="meta"), "model", WTE), put(HUGE, "optimizer", "state", 0, "exp_avg"),
     put(None, "model"), lambda c: c.pop("tokenizer"), put({"kind": "x"}, "tokenizer"),
