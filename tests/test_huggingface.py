@@ -321,8 +321,8 @@ def test_gpt2_from_the_hub(repository, form, gpt2_vocabulary, tmp_path):
             assert code == 0 and again == output and "gpt2" not in " ".join(server.requests), errors
 
 
-def test_a_full_disk_is_not_the_network(gpt2_vocabulary, tmp_path):
-    """What is said is what went wrong first, at the name that the model has now."""
+def test_what_went_wrong_first_is_said(gpt2_vocabulary, tmp_path):
+    """A cache that cannot be written, here a file where its folder should be; not that the old name is unknown."""
     (tmp_path / "file").write_text("")
     with hub.serve(models={"openai-community/gpt2": {"config.json": b"{}"}}) as (environment, _):
         code, _, errors = sampling(environment | {"HF_HUB_CACHE": str(tmp_path / "file")}, tmp_path)
