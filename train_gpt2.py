@@ -1291,14 +1291,25 @@ def product(module, rows, dtype, then="none"):
     """The product of a Linear, or with the tied embedding, for weights that stay as they are: a function from
     x (..., in), of about `rows` rows in all, to (..., out), with "none", "relu" or "gelu" (tanh) done to the result.
 
-    Few rows take as long as it takes to read the weights. On a CPU F.linear reads a float32 matrix at 16 GB/s of the
-    memory's 53; oneDNN reads it at 29, at 39 once the weights are packed its way, for which a copy is made, and in
-    bfloat16 twice as fast. For a single row of float32 MKL, asked for many small products, needs no copy: 41."""
+    Few rows take as long as it takes to read the weights. On a CPU F.linear reads a float32 matrix at a third of the
+    memory's speed; oneDNN at two thirds once the weights are packed its way, for which a copy is made. A single row
+    needs no copy to be read at nearly full speed: in float32 MKL does it, asked for many small products, in bfloat16
+    torch's own kernel, which it takes where oneDNN is out of the way."""
     act = {"none": lambda y: y, "relu": F.relu, "gelu": functools.partial(F.gelu, approximate="tanh")}[then]
     weight, bias = module.weight.to(dtype), getattr(module, "bias", None)
     bias = bias.to(dtype) if bias is not None else None
     if not (weight.is_cpu and ON_X86 and (dtype == torch.float32 or dtype == torch.bfloat16 and can_pack_bfloat16())):
         return lambda x: act(F.linear(x, weight, bias))
+    if dtype == torch.bfloat16 and rows == 1:
+        wanted = torch.backends.mkldnn.enabled
+
+        def without_onednn(x):
+            torch.backends.mkldnn.enabled = False
+            try:
+                return act(F.linear(x, weight, bias))
+            finally:
+                torch.backends.mkldnn.enabled = wanted
+        return without_onednn
     n = next(n for n in range(64, 0, -1) if len(weight) % n == 0)
     if dtype == torch.float32 and rows == 1 and n >= 8:
         pieces = weight.unflatten(0, (n, -1))  # (n, out / n, in), the same memory
@@ -1352,15 +1363,19 @@ class KVCache:
 
     def __init__(self, model, batch, length):
         config, weight = model.config, model.transformer.wte.weight
-        shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)
+        on_cpu = weight.device.type == "cpu"
+        shape = (1 if on_cpu else 2, batch, config.n_head, length, config.n_embd // config.n_head)
         # The CPU's bfloat16 attention takes 5 times as long over 1,000 tokens as the conversion and float32
-        self.dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.dtype = torch.float32 if on_cpu else weight.dtype
+        make = functools.partial(torch.empty, dtype=self.dtype, device=weight.device)
         try:
             # Linux promises more memory than there is, and kills who then uses it
-            if weight.device.type == "cpu" and 4 * config.n_layer * math.prod(shape) > physical_memory():
+            if on_cpu and 2 * 4 * config.n_layer * math.prod(shape) > physical_memory():
                 raise MemoryError
-            self.store = {block.attn: torch.empty(shape, dtype=self.dtype, device=weight.device)
-                          for block in model.transformer.h}
+            # On a GPU keys and values lie in one tensor, to be written by one call; on a CPU apart, and the values
+            # turned, for attend_from_one
+            self.store = {block.attn: [make(shape), make(*shape[:3], shape[4], shape[3]).transpose(3, 4)] if on_cpu
+                          else [make(shape)] for block in model.transformer.h}
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -1371,16 +1386,28 @@ class KVCache:
     def extend(self, layer, new):
         """Adds a layer's keys and values of T new tokens, `new` (2, B, n_head, T, head_dim); returns those of all its
         tokens so far. Where the cache has a dtype of its own, so has what is returned, but for the first tokens."""
-        store, T = self.store[layer], new.size(3)
-        store.narrow(3, self.length, T).copy_(new)  # a slice of the tokens, at a third of the cost of indexing
+        parts, T = self.store[layer], new.size(3)
+        for part, added in zip(parts, new.chunk(len(parts)), strict=True):
+            part.narrow(3, self.length, T).copy_(added)  # a slice of the tokens, at a third of the cost of indexing
         # At first `new` is all there is, in the rows that were given, of which one may stand for all
-        return new if self.length == 0 else store.narrow(3, 0, self.length + T)
+        return new if self.length == 0 else [t for part in parts for t in part.narrow(3, 0, self.length + T)]
 
     def advance(self, x):
         """Counts T tokens, which all layers have seen now; (B, T, C) -> (B, 1, C), for only what follows the last of
         them is asked for."""
         self.length += x.size(1)
         return x[:, -1:]
+
+
+def attend_from_one(q, keys, values):
+    """attend() on a CPU for a single token, after all others: q is (B, n_head, 1, head_dim), and so is the result.
+    What counts is how fast keys and values are read. Both products add up along rows that lie in memory from end to
+    end, (tokens, head_dim) of keys and (head_dim, tokens) of values: 1,000 tokens take 0.7 to 0.8 of the time that the
+    kernel in attend() takes. Few tokens in a long cache take more, so that a whole context comes out even; but late
+    tokens cost little more than early ones."""
+    scores = keys @ (q / math.sqrt(q.size(-1))).transpose(2, 3)  # (B, n_head, tokens so far, 1)
+    weights = F.softmax(scores.transpose(2, 3), dim=-1)  # (B, n_head, 1, tokens so far)
+    return (values.transpose(2, 3) @ weights.transpose(2, 3)).transpose(2, 3)
 
 
 def token_reader(model, rows):
@@ -1397,6 +1424,7 @@ def token_reader(model, rows):
                product(block.attn.c_proj, rows, dtype), norm(block.ln_2),
                product(block.mlp.c_fc, rows, dtype, then), product(block.mlp.c_proj, rows, dtype)) for block in parts.h]
     ln_f, to_logits = norm(parts.ln_f), product(parts.wte, rows, dtype)
+    look = attend_from_one if wte.is_cpu else functools.partial(attend, flash=parts.h[0].attn.flash)
 
     def read(token, cache):
         B, C = len(token), wte.size(1)
@@ -1405,7 +1433,7 @@ def token_reader(model, rows):
             for attn, ln_1, to_qkv, from_heads, ln_2, widen, narrow in layers:
                 qkv = to_qkv(ln_1(x)).view(B, 3, n_head, 1, C // n_head).transpose(0, 1).to(cache.dtype)
                 keys, values = cache.extend(attn, qkv[1:])  # (B, n_head, tokens so far, head_dim)
-                y = attend(qkv[0], keys, values, flash=attn.flash)  # (B, n_head, 1, head_dim)
+                y = look(qkv[0], keys, values)  # (B, n_head, 1, head_dim)
                 x = x + from_heads(y.reshape(B, C).to(dtype))
                 x = x + narrow(widen(ln_2(x)))
             x = ln_f(x)

@@ -71,17 +71,18 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     assert seen == [(2, 9), (2, 1)]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes_that_onednn_lacks(dtype, monkeypatch):
+def test_dtypes_that_onednn_lacks(dtype, batch, monkeypatch):
     """float64 everywhere, bfloat16 on older processors: plain products do it, greedily as the model itself does."""
     def onednn(*args):
         raise RuntimeError("could not create a primitive descriptor")
     monkeypatch.setattr(train_gpt2, "can_pack_bfloat16", lambda: False)
     monkeypatch.setattr(train_gpt2, "onednn", onednn)
-    model, idx = strong_model(**SHAPES[0]).to(dtype), torch.randint(97, (2, 5))
+    model, idx = strong_model(**SHAPES[0]).to(dtype), torch.randint(97, (batch, 5))
     text = model.generate(idx, 3, temperature=0)
     with torch.no_grad():
-        logits = model(text[:, :-1])[0][:, 4:]  # (2, 3, V)
+        logits = model(text[:, :-1])[0][:, 4:]  # (batch, 3, V)
     chosen = logits.gather(2, text[:, 5:, None])[..., 0]
     assert (chosen >= logits.amax(2) - 0.05 * logits.abs().amax()).all()
 
@@ -100,12 +101,43 @@ def test_what_was_sampled_can_be_trained_on(temperature):
     assert scale.grad.abs().sum() > 0
 
 
-def test_bfloat16_samples_nearly_as_float32():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bfloat16_samples_nearly_as_float32(batch):
     model = strong_model(**SHAPES[0])
-    idx = torch.randint(97, (2, 20))
+    idx = torch.randint(97, (batch, 20))
     exact = [logits for _, logits in stream(model, idx, 4, temperature=0)]
     rough = [logits for _, logits in stream(model.bfloat16(), idx, 4, temperature=0)]
     assert rough[0].dtype == torch.float32 and (exact[0] - rough[0]).abs().max() < 0.05 * exact[0].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shape", [(48, 96), (130, 7)])  # 7: no number of pieces that pays
+def test_products_are_rounded_once(rows, shape, dtype):
+    """Whichever library does a product, it adds up in float32; and what was switched off meanwhile is on again, after
+    a mistake too."""
+    module, was = train_gpt2.Linear(*shape).to(dtype), torch.backends.mkldnn.enabled
+    x = torch.randn(rows, shape[0], dtype=dtype)
+    with torch.no_grad():
+        product = train_gpt2.product(module, rows, dtype)
+        exact = x.double() @ module.weight.double().t() + module.bias.double()
+        # Half a unit in the last place of bfloat16, and what float32's sums are off before that
+        assert torch.allclose(product(x).double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
+        with pytest.raises(RuntimeError):
+            product(x[:, 1:])
+    assert torch.backends.mkldnn.enabled is was
+
+
+@pytest.mark.parametrize("rows, heads, tokens", [(1, 1, 1), (1, 3, 50), (4, 2, 9)])
+def test_attention_from_one_token(rows, heads, tokens):
+    q, new = 3 * torch.randn(rows, heads, 1, 16), torch.randn(2, rows, heads, tokens, 16)
+    cache = train_gpt2.KVCache(GPT(GPTConfig(n_layer=1, n_head=heads, n_embd=16 * heads)), rows, 60)
+    layer = next(iter(cache.store))
+    cache.extend(layer, new[:, :, :, :-1])
+    cache.length = tokens - 1
+    keys, values = cache.extend(layer, new[:, :, :, -1:])
+    assert torch.equal(torch.stack((keys, values)), new)
+    assert torch.allclose(train_gpt2.attend_from_one(q, keys, values), train_gpt2.attend(q, *new), atol=1e-5)
 
 
 def wanted(logits, temperature, top_k, top_p):
@@ -248,13 +280,19 @@ def test_colours_on_a_terminal(says, capsys, monkeypatch):
         assert re.findall(r"\033\[(3\d)m", capsys.readouterr().out) == colours
 
 
-def test_texts_that_do_not_fit_into_memory():
+def test_texts_that_do_not_fit_into_memory(monkeypatch):
     model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8))
     for rows in (10**7, 10**5):  # more than a process can name, and a petabyte, which Linux would promise
         with pytest.raises(UserError, match="lower num_samples"):
             train_gpt2.KVCache(model, rows, 10**7)
     with pytest.raises(RuntimeError, match="negative"):  # no want of memory: a bug stays one
         train_gpt2.KVCache(model, -1, 8)
+    needed = sum(part.numel() * part.element_size() for part in train_gpt2.KVCache(model, 5, 8).store.popitem()[1])
+    monkeypatch.setattr(train_gpt2, "physical_memory", lambda: needed)
+    train_gpt2.KVCache(model, 5, 8)
+    monkeypatch.setattr(train_gpt2, "physical_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match="lower num_samples"):
+        train_gpt2.KVCache(model, 5, 8)
 
 
 def test_too_little_memory_is_one_line(trained, monkeypatch, capsys):
