@@ -1371,12 +1371,11 @@ class KVCache:
             # Linux promises more memory than there is, and kills who then uses it
             if on_cpu and 4 * config.n_layer * 2 * batch * math.prod(shape) > physical_memory():
                 raise MemoryError
-            self.store = {block.attn: [make(2, batch, *shape)] for block in model.transformer.h}
-            if on_cpu and batch == 1:
-                # The values of a single text lie turned, (head_dim, length), and so apart from the keys: 1,000 of them
-                # are read in two thirds of the time. For many texts writing them takes as long as that saves
-                turned = shape[0], shape[2], shape[1]
-                self.store = {attn: [make(1, 1, *shape), make(1, 1, *turned).transpose(3, 4)] for attn in self.store}
+            # The values of a single text on a CPU lie turned, (head_dim, length), and so apart from the keys: 1,000 of
+            # them are read in two thirds of the time. For many texts writing them takes as long as that saves
+            turned = shape[0], shape[2], shape[1]
+            self.store = {block.attn: [make(1, 1, *shape), make(1, 1, *turned).transpose(3, 4)] if on_cpu and batch == 1
+                          else [make(2, batch, *shape)] for block in model.transformer.h}
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
