@@ -116,7 +116,8 @@ def test_bfloat16_samples_nearly_as_float32(batch):
 def test_products_are_rounded_once(rows, shape, dtype):
     """Whichever library does a product, it adds up in float32; and what was switched off meanwhile is on again, after
     a mistake too."""
-    module, was = train_gpt2.Linear(*shape).to(dtype), torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled  # no test before this one left it off
+    module = train_gpt2.Linear(*shape).to(dtype)
     x = torch.randn(rows, shape[0], dtype=dtype)
     with torch.no_grad():
         product = train_gpt2.product(module, rows, dtype)
@@ -125,7 +126,7 @@ def test_products_are_rounded_once(rows, shape, dtype):
         assert torch.allclose(product(x).double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
         with pytest.raises(RuntimeError):
             product(x[:, 1:])
-    assert torch.backends.mkldnn.enabled is was
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("rows, heads, tokens", [(1, 1, 1), (1, 3, 50), (4, 2, 9)])
