@@ -5,27 +5,21 @@
     python train_gpt2.py --preset=gpt2                # after `python prepare_data.py fineweb_edu`
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2      # on eight GPUs
 
-Part 1 is the lesson: settings, the model, generating text, batches, the optimizer, the loop.
-Part 2 is the machinery: the run's folder, tokenizers, files, devices, evaluation, the command
-line. Skip it on a first reading.
-
-Papers that the comments cite: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners"), GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020) and Attention (Vaswani
-et al. 2017, "Attention Is All You Need").
+Part 1 is the lesson; Part 2, the machinery, can be skipped on a first reading. Papers that the
+comments cite: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"),
+GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 2017, "Attention Is
+All You Need").
 """
 import argparse
 import ast
 import base64
-import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
 import difflib
 import errno
 import functools
 import hashlib
-import html
 import inspect
 import itertools
 import json
@@ -39,8 +33,8 @@ import sys
 import time
 import typing
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -53,16 +47,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ==================================================================================================
-# PART 1: THE LESSON
-# ==================================================================================================
-# ---- Settings ------------------------------------------------------------------------------------
+# ======== PART 1: THE LESSON ========
+
+# ---- Settings ----
 
 
 @dataclass
 class Settings:
     # the run (edit these values, or give options: --max_steps=200)
-    preset: str = "stories"  # a row of PRESETS; it changes some of the settings below
+    preset: str = "stories"  # a row of PRESETS, which changes some settings
     data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
     out_dir: str = ""  # folder of the run; empty: out/<preset>
     init_from: str = ""  # start from these weights and their shape: a checkpoint, or gpt2
@@ -90,7 +83,7 @@ class Settings:
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # clip the global gradient norm (GPT-3 paper, appendix B); 0 disables
-    dropout: float = 0.0  # share of activations zeroed against overfitting (memorizing the data)
+    dropout: float = 0.0  # share of activations zeroed, against overfitting (memorizing)
     # the model
     n_layer: int = 3  # blocks
     n_head: int = 4  # attention heads in each block
@@ -108,39 +101,36 @@ class Settings:
 
 
 # What each preset changes. The larger GPT-2 sizes take the GPT-3 paper's rates, table 2.1.
+_OFTEN = dict(eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10)
 _CHARS = dict(data_dir="data/shakespeare", rows="stream")
-_GPT2 = dict(
+_GPT2 = _OFTEN | dict(
     data_dir="data/fineweb_edu", rows="stream", n_layer=12, n_head=12, n_embd=768, block_size=1024,
     batch_size=32, total_batch_size=524_288,  # 2^19: the GPT-3 paper, table 2.1, has 0.5M tokens
     max_steps=19_073,  # * 2^19 tokens = 10 billion: the FineWeb-Edu sample, once
     warmup_steps=715,  # * 2^19 = 375 million tokens: GPT-3 paper, appendix B
     learning_rate=6e-4, min_lr=6e-5,  # GPT-3 paper, table 2.1; down to 10 %: appendix B
-    eval_every=250, eval_tokens=10_485_760, sample_every=1000, checkpoint_every=1000, log_every=10)
+    eval_tokens=10_485_760)
 PRESETS = {
     "stories": {},
-    "shakespeare_char": _CHARS | dict(  # one GPU; 80 epochs of 1 MB, so dropout is needed
+    "shakespeare_char": _CHARS | _OFTEN | dict(  # one GPU; 80 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000,
-        warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99,  # nanoGPT's settings
-        eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10),
+        warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),  # nanoGPT's settings
     "shakespeare_cpu": _CHARS | dict(  # the fastest to 1.88 of some 70 that were tried on a CPU
-        n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, batch_size=16, max_steps=620,
-        warmup_steps=50, learning_rate=6e-3, beta1=0.75, beta2=0.98,
-        eval_every=310, sample_every=310, checkpoint_every=310),
+        n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, max_steps=620,
+        beta1=0.75, beta2=0.98, eval_every=310, sample_every=310, checkpoint_every=310),
     "tinystories_char": dict(  # small enough for a CPU: reads 5 million characters
         data_dir="data/tinystories", rows="stream", n_layer=4, n_head=4, n_embd=64, block_size=32,
-        activation="relu", batch_size=16, max_steps=10_000, warmup_steps=100, learning_rate=1e-3,
-        min_lr=1e-4, eval_every=500, eval_tokens=200_000, sample_every=2500, checkpoint_every=2500,
+        activation="relu", max_steps=10_000, warmup_steps=100, learning_rate=1e-3, min_lr=1e-4,
+        eval_every=500, eval_tokens=200_000, sample_every=2500, checkpoint_every=2500,
         log_every=100),
-    "gpt2_nano": dict(  # 32,768 tokens a step, 3.3 epochs of 99 million tokens
+    "gpt2_nano": _OFTEN | dict(  # 32,768 tokens a step, 3.3 epochs of 99 million tokens
         data_dir="data/fineweb_edu_bpe", rows="stream", n_layer=12, n_head=8, n_embd=512,
         block_size=1024, pos_encoding="sinusoidal", activation="relu", batch_size=32,
-        max_steps=10_000, warmup_steps=200, learning_rate=3e-4, eval_every=500,
-        eval_tokens=1_048_576, sample_every=1000, checkpoint_every=1000),
-    "gpt2_mini": dict(  # 65,536 tokens * 7,629 steps = 0.5 billion: one session on a free GPU
+        max_steps=10_000, warmup_steps=200, learning_rate=3e-4, eval_tokens=1_048_576),
+    "gpt2_mini": _OFTEN | dict(  # 65,536 tokens * 7,629 steps = 0.5 billion
         data_dir="data/fineweb_edu", rows="stream", n_layer=6, n_head=6, n_embd=384,
-        block_size=1024, batch_size=16, total_batch_size=65_536, max_steps=7629, warmup_steps=200,
-        learning_rate=1e-3, min_lr=1e-4, eval_every=250, eval_tokens=1_048_576, sample_every=1000,
-        checkpoint_every=500, log_every=10),
+        block_size=1024, total_batch_size=65_536, max_steps=7629, warmup_steps=200,
+        learning_rate=1e-3, min_lr=1e-4, eval_tokens=1_048_576),
     "gpt2": _GPT2,
     "gpt2_medium": _GPT2 | dict(
         n_layer=24, n_head=16, n_embd=1024, batch_size=16, learning_rate=3e-4, min_lr=3e-5),
@@ -151,7 +141,7 @@ PRESETS = {
 }
 
 
-# ---- The model -----------------------------------------------------------------------------------
+# ---- The model ----
 # Shapes in the comments: B rows in a batch, T tokens in a row, C = n_embd, V = vocab_size.
 
 
@@ -172,12 +162,11 @@ class GPTConfig:
 
 def causal_attention(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1). Each token takes a
-    weighted mean of the values of the tokens up to itself. The causal mask hides the later
-    ones, which the model must learn to predict. q is (B, n_head, T, head_dim), k and v are (B,
-    n_head, S, head_dim); the T queries belong to the last T of the S tokens. Returns (B,
-    n_head, T, head_dim)."""
+    weighted mean of the values of the tokens up to itself; the causal mask hides the later ones,
+    which the model learns to predict. q is (B, n_head, T, head_dim), the last T of S tokens; k
+    and v are (B, n_head, S, head_dim). Returns (B, n_head, T, head_dim)."""
     T, S = q.size(-2), k.size(-2)
-    # (T, S), True where a query (row) may look at a key (column); the last token may see all
+    # True where a query (row) may look at a key (column)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     # One fused kernel, but for bfloat16 on a CPU, where it was 1.6 to 6 times as slow
     if flash and not (q.is_cpu and q.dtype == torch.bfloat16):
@@ -193,9 +182,8 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
 
 
 class CausalSelfAttention(nn.Module):
-    """The one place where tokens exchange information. Each token asks with a query (q), offers
-    a key (k) and hands over a value (v). n_head attentions run side by side, the heads, each in
-    its own slice of the width."""
+    """The one place where tokens exchange information. Each asks with a query (q), offers a key
+    (k) and hands over a value (v), in n_head slices of the width, the heads, side by side."""
 
     def __init__(self, config):
         super().__init__()
@@ -220,8 +208,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Multi-layer perceptron: each token is processed by itself. The hidden layer is four times
-    as wide (GPT paper, section 4.1)."""
+    """Multi-layer perceptron for each token by itself, 4 C wide inside (GPT paper, 4.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,11 +224,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. x is the residual stream: every block reads it and adds to
-    it, so the gradient flows back to the embeddings through plain sums. A LayerNorm brings the
-    C numbers of a token to mean 0 and variance 1, then applies a learned scale and shift. It
-    stands before attention and MLP, not on the stream itself: pre-norm (GPT-2 paper, section
-    2.3), which keeps the path of the gradient free."""
+    """x + attention, then x + MLP. x is the residual stream: each block adds to it, so the
+    gradient flows back to the embeddings through plain sums. A LayerNorm brings the C numbers of
+    a token to mean 0 and variance 1, then applies a learned scale and shift. It stands before
+    attention and MLP, not on the stream: pre-norm (GPT-2 paper, section 2.3)."""
 
     def __init__(self, config):
         super().__init__()
@@ -258,12 +244,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: token ids in, a prediction of the next token out.
 
-    `model(idx, targets)` takes (B,
-    T) int64 ids and returns (logits, loss). The logits, (B, T, V), are scores; their softmax
-    gives the probability of each possible next token. The loss is the mean cross-entropy, -ln
-    p(target), in nats per token, over all targets that are not -1; without targets it is None.
-    With a KVCache, idx follows the tokens in the cache; without targets the logits are then
-    those of the last token only, (B, 1, V). Raises UserError for a config that cannot be built,
+    `model(idx, targets)` takes (B, T) int64 ids and returns (logits, loss). The logits, (B, T,
+    V), are scores whose softmax gives the probability of each next token. The loss is the mean
+    cross-entropy, -ln p(target), in nats per token, over the targets that are not -1; without
+    targets it is None. With a KVCache, idx follows the tokens in it; without targets the logits
+    are then those of the last token, (B, 1, V). Raises UserError for an impossible config,
     ValueError for too many tokens."""
 
     def __init__(self, config, init_std=0.02):
@@ -279,9 +264,9 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
-        # Initial weights: matrices N(0, init_std), biases 0, norms 1 (GPT paper, section 4.1).
-        # 2 * n_layer products are added to the residual stream, whose spread would grow with
-        # the root of their number; they start smaller by that root (GPT-2 paper, section 2.3).
+        # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
+        # products that are added to the residual stream start smaller by the root of their
+        # number, or its spread would grow by that root (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -308,8 +293,8 @@ class GPT(nn.Module):
             if targets is None:
                 x = x[:, -1:]  # (B, 1, C): generating needs the last prediction only
         x = self.transformer.ln_f(x)
-        # Weight tying (Press & Wolf 2017): the token embedding is also the output matrix. That
-        # saves 39M parameters in GPT-2, and the loss is lower.
+        # Weight tying (Press & Wolf 2017): the token embedding is the output matrix too, which
+        # saves 39M parameters in GPT-2 and lowers the loss
         logits = unembed(x, self.transformer.wte.weight)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -319,10 +304,9 @@ class GPT(nn.Module):
 
     def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None,
                  seed=None):
-        """Continue a text, or a (B, T) tensor of ids. Text comes back with its prompt and ends
-        before <|endoftext|>; a tensor comes back as (B, T + max_new_tokens). The same seed
-        gives the same text. Raises UserError for a prompt that the vocabulary cannot write. The
-        other options are those of stream_tokens."""
+        """Continue a text, or a (B, T) tensor of ids, by the options of sample_token. Text comes
+        back with its prompt and ends before <|endoftext|>; a tensor as (B, T + max_new_tokens).
+        Raises UserError for a prompt that the vocabulary cannot write."""
         options = (max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, torch.Tensor):
             new = [token[:, None] for token, _ in stream_tokens(self, prompt, *options)]
@@ -334,8 +318,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
-        """Load a checkpoint, or gpt2 .. gpt2-xl once they are converted. The model carries its
-        tokenizer. Raises UserError for other files."""
+        """The model in a file, with its tokenizer. Raises UserError if it is no checkpoint."""
         return load_model(path, device)
 
     @property
@@ -347,13 +330,12 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-# ---- Generating text -----------------------------------------------------------------------------
+# ---- Generating text ----
 
 
 class KVCache:
-    """The keys and values of all tokens so far, for each attention layer. No token sees a later
-    one, so they never change: each is computed once, and a new token costs one forward pass of
-    length 1."""
+    """The keys and values of all tokens so far. No token sees a later one, so they never change:
+    with them, a new token costs one forward pass of length 1."""
 
     def __init__(self, max_length):
         self.max_length = max_length  # tokens that there is room for
@@ -361,7 +343,7 @@ class KVCache:
         self.store = {}  # layer -> (k, v), each (B, n_head, max_length, head_dim)
 
     def extend(self, layer, k, v):
-        """Add T new tokens, (B, n_head, T, head_dim); return all S so far."""
+        """Add those of T new tokens, (B, n_head, T, head_dim); return those of all S so far."""
         if layer not in self.store:
             shape = (*k.shape[:2], self.max_length, k.size(3))
             self.store[layer] = k.new_empty(shape), v.new_empty(shape)
@@ -373,10 +355,10 @@ class KVCache:
 
 @torch.no_grad()
 def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
-    """Yield (token, logits) max_new_tokens times. idx is (B, T) int64, T >= 1. token is the
-    next token of each row, (B,) int64, and logits are the scores it was drawn from, (B, V)
-    float32. When the context is full, the older half is forgotten and the newer half is read
-    again from position 0. A prompt longer than the context keeps its end."""
+    """Yield (token, logits) max_new_tokens times: the next token of each row of idx, (B,) int64,
+    and the scores that it was drawn from, (B, V) float32. idx is (B, T) int64, of which the last
+    block_size are read. When the context is full, the older half is forgotten and the newer half
+    read again from position 0."""
     block_size, was_training = model.config.block_size, model.training
     generator = torch.Generator(idx.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -397,10 +379,9 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours
-    likely tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest tokens (Fan et
-    al. 2018). top_p keeps the fewest likeliest tokens whose probabilities sum to p (Holtzman et
-    al. 2020)."""
+    """Draw a token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours likely
+    tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest (Fan et al. 2018), top_p
+    the fewest likeliest whose probabilities sum to p (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -409,25 +390,23 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_p:
         before = probs.cumsum(dim=-1) - probs  # sum over the likelier tokens
         probs = probs.masked_fill(before >= top_p, 0)
-    # The first token whose cumulative probability reaches a random number. torch.multinomial
-    # would draw one random number for every token.
+    # The first token whose cumulative probability reaches a random number
     cumulative = probs.cumsum(dim=-1)  # (B, k)
     u = 1 - torch.rand(len(probs), 1, generator=generator, device=probs.device)
     choice = torch.searchsorted(cumulative, u * cumulative[:, -1:])  # (B, 1)
     return choice if ids is None else ids.gather(-1, choice)
 
 
-# ---- Batches from shards -------------------------------------------------------------------------
+# ---- Batches from shards ----
 
 
 class ShardedLoader:
-    """Rows of tokens from a folder of shards, which stay on disk as memory maps. `batch(rows)`
-    needs no state: row number g is a pure function of (seed, g, the shards, block_size). So a
-    run can stop and resume anywhere, on any number of processes. An epoch is one pass over all
-    rows; each has an order of its own (RowIndex, in Part 2). rows="stream" cuts the tokens
-    every block_size, elsewhere in each epoch; rows="documents" gives each document a row.
-    seed=None keeps the order of the text, as evaluation wants it. Raises UserError for a folder
-    without shards or with too few tokens for one row."""
+    """Rows of tokens from a folder of shards, which stay on disk as memory maps. Row number g is
+    a pure function of (seed, g, the shards, block_size): `batch(rows)` keeps no state, so a run
+    can resume anywhere, on any number of processes. An epoch is one pass over all rows, each in
+    an order of its own (RowIndex, Part 2). rows="stream" cuts the tokens every block_size,
+    elsewhere in each epoch; rows="documents" gives each document a row. seed=None keeps the
+    order of the text. Raises UserError for a folder without shards or with too few tokens."""
 
     def __init__(self, data_dir, split, block_size, rows="stream", seed=None,
                  vocab_size=50257, eot=50256):
@@ -442,32 +421,30 @@ class ShardedLoader:
             raise UserError(f"{data_dir} has too few {split} tokens: lower --block_size")
 
     def batch(self, rows):
-        """Row numbers -> inputs x and targets y, both (B, T) int64. The target of a token is
-        the token after it. T is the longest of these rows, rounded up to a multiple of 16 at
-        most block_size; y is -1 behind the end of shorter rows, which the loss ignores."""
+        """Row numbers -> inputs x and targets y, the tokens after them, both (B, T) int64. T is
+        the longest of these rows; behind the end of shorter ones y is -1, which is ignored."""
         places = [self.rows.locate(row) for row in rows]  # (shard, start, length)
         longest = max(length for _, _, length in places)
-        T = min(self.block_size, -(-longest // 16) * 16)  # few shapes: less set-up
+        T = min(self.block_size, -(-longest // 16) * 16)  # a multiple of 16: few shapes
         x = np.zeros((len(rows), T), np.int64)
         y = np.full((len(rows), T), -1, np.int64)
         for i, (shard, start, length) in enumerate(places):
             tokens = self.shards[shard][start:start + length + 1]
             if tokens.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds token {tokens.max()}, but the "
-                                f"vocabulary has {self.vocab_size}: prepare the data again")
+                raise UserError(f"{self.paths[shard]} holds token {tokens.max()}, beyond the "
+                                f"vocabulary of {self.vocab_size}: prepare the data again")
             x[i, :length], y[i, :length] = tokens[:-1], tokens[1:]
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
-# ---- Optimizer and schedule ----------------------------------------------------------------------
+# ---- Optimizer and schedule ----
 
 
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the mean of a weight's gradients by the
-    root of their mean square. So each weight moves by about the learning rate, whatever the
-    size of its gradients. The W is weight decay: matrices also shrink by learning_rate *
-    weight_decay per step, which keeps them from growing without need.
-    Biases and norms are few and set scales, so they do not decay."""
+    root of their mean square, so each weight moves by about the learning rate, whatever the size
+    of its gradients. W is for weight decay: matrices shrink by learning_rate * weight_decay per
+    step, which keeps them from growing without need. Biases and norms set scales: no decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
@@ -477,9 +454,9 @@ def make_optimizer(model, s, device):
 
 
 def get_lr(step, s):
-    """Learning rate of a step: a linear warm-up, then a cosine decay. Warm-up: Adam's first
-    means come from few gradients, and full-size steps along them would wreck the fresh weights.
-    Cosine (GPT paper, section 4.1): large steps to get close, small ones to settle."""
+    """Learning rate of a step. Warm-up: Adam's first means come from few gradients, and full
+    steps along them would wreck the fresh weights. Cosine decay (GPT paper, section 4.1): large
+    steps to get close, small ones to settle."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
     progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)
@@ -487,23 +464,22 @@ def get_lr(step, s):
     return s.min_lr + (s.learning_rate - s.min_lr) * cosine
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- The loop ----
 
 
 def train(s, world):
-    """Train from start to end; return the exit status. s holds the settings, world the device
-    and the processes. Row n of the log describes the weights after n steps."""
+    """Train, and return the exit status. s holds the settings, world the device and processes.
+    Row n of the log describes the weights after n steps."""
     data = open_data(s.data_dir)
     loader, validation = (
-        ShardedLoader(s.data_dir, split, s.block_size, s.rows, seed, data.vocab_size, data.eot)
-        for split, seed in (("train", s.seed), ("val", None)))
+        open_rows(s, data, split, seed) for split, seed in (("train", s.seed), ("val", None)))
     plan = plan_batch(s, world)  # rows per step, rows per micro-batch
     run = Run(s, data, world)  # its folder: a new one, or one to resume in
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
     optimizer = make_optimizer(raw_model, s, world.device)
-    # Many gradients are below 6e-8, where float16 ends. The scaler multiplies the loss by a large
-    # number and divides before the step (Micikevicius et al. 2018). Other dtypes do without.
+    # Many gradients are below float16's least, 6e-8: the scaler multiplies the loss by a large
+    # number, and divides before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
     # The two share their weights: raw_model is evaluated and saved, model takes the steps
@@ -511,8 +487,7 @@ def train(s, world):
     announce(run, plan, loader)
 
     stop = StopRequest(s, world)  # Ctrl-C, SIGTERM or max_minutes
-    batches = prefetch(loader, start, s.max_steps, plan, world)
-    with stop.listening(), contextlib.closing(batches):
+    with stop.listening():
         for step in range(start, s.max_steps + 1):
             last = step == s.max_steps  # the final weights are measured too
             if last or step % s.eval_every == 0:
@@ -527,17 +502,16 @@ def train(s, world):
             lr = get_lr(step, s)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            micro_batches, targets_in_step = next(batches)
+            micro_batches, targets_in_step = step_batches(loader, step, plan, world)
             loss_sum = torch.zeros((), device=world.device)
-            # Gradient accumulation: gradients of micro-batches add up to those of the whole
-            # batch, which need not fit into memory at once
+            # Gradient accumulation: the gradients of micro-batches add up to those of the batch
             for micro_step, (x, y) in enumerate(micro_batches):  # x, y: (B, T)
-                # Dropout depends only on the place in the run, so that a resumed run repeats it
+                # Dropout depends on the place in the run alone: a resumed run repeats it
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
                 more = micro_step < len(micro_batches) - 1
                 with world.accumulating(model, more):  # average over processes once
-                    # Mixed precision: products in world.dtype are faster, weights stay float32,
-                    # where small updates are not rounded away
+                    # Mixed precision: fast products in world.dtype, weights in float32, where
+                    # small updates are not rounded away
                     with world.autocast():
                         _, loss = model(x, y)
                     # This mean's share in the mean over the step's tokens
@@ -553,26 +527,23 @@ def train(s, world):
             optimizer.zero_grad()
             run.log_step(step, targets_in_step, loss_sum, lr, grad_norm)
             if stop.requested(step) and step + 1 < s.max_steps:
-                return run.stopped(step + 1, stop.status)
+                return run.stopped(step + 1, stop.signal)
 
 
-# ==================================================================================================
-# PART 2: THE MACHINERY (skip this on a first reading)
-# ==================================================================================================
-# ---- A run and its folder ------------------------------------------------------------------------
+# ======== PART 2: THE MACHINERY (skip this on a first reading) ========
+
+# ---- A run and its folder ----
 
 LOG_COLUMNS = """step tokens train_loss val_loss val_bits_per_byte lr grad_norm tokens_per_second
     seconds above_floor above_floor_wording above_floor_choices above_floor_recall hellaswag_acc
     hellaswag_acc_norm""".split()
-RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "samples.md", "loss.svg", "report.md", ".lock",
-             "evaluations.json"}  # the last one is from older versions
+SKILLS = ("wording", "choices", "recall")  # what it takes to predict a token of the stories
+RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "samples.md", "loss.svg", "report.md", ".lock"}
 # Settings that do not shape the weights: a run may resume with other values
-FREE_SETTINGS = set("""preset out_dir overwrite device dtype batch_size grad_accum_steps max_minutes
+FREE_SETTINGS = """preset out_dir overwrite device batch_size grad_accum_steps max_minutes
     compile_model deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
-    log_every""".split())
-# The loss that a preset aims at on its own data; the README says where each comes from
-TARGETS = {"shakespeare_char": {"nanoGPT": 1.47}, "shakespeare_cpu": {"target": 1.88},
-           "tinystories_char": {"target": 1.25}, "gpt2": {"OpenAI's GPT-2": 3.2924}}
+    log_every""".split()
+TIME_IS_UP = 1  # the "signal" of max_minutes; those that we handle have larger numbers
 
 
 class Run:
@@ -584,17 +555,14 @@ class Run:
         self.best, self.bar = math.inf, None
         self.row = {}  # measured since the last row of the log
         self.mark = None  # (time, tokens) from where throughput is measured
-        own_data = PRESETS[s.preset].get("data_dir", Settings.data_dir) == s.data_dir
-        target = TARGETS.get(s.preset, {}) if own_data else {}
-        self.baselines = data.meta.get("landmarks", {}) | target
         chosen = world.from_master(lambda: choose_folder(s, world))
         self.folder, self.saved, earlier, self.why_new = chosen
+        self.tokens = earlier.get("tokens", 0)  # that were trained on
         world.compute_as(s, earlier)  # a resumed run keeps its precision
 
     def resume(self, model, optimizer, scaler):
-        """Load the checkpoint, if there is one. Return the step to start from."""
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.start = 0
+        """Load the checkpoint, if there is one; return the step to start from."""
+        self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, 0
         if self.saved:
             self.start, self.best = load_training_state(
                 self.saved, model, optimizer, scaler, self.data.tokenizer)
@@ -602,35 +570,32 @@ class Run:
             clear_leftovers(self.folder, self.start)
         return self.start
 
-    @contextlib.contextmanager
+    @contextmanager
     def clock_stopped(self):
-        """Throughput leaves out the time spent inside."""
-        wait_for(self.world.device)  # steps that are still under way do count
+        wait_for(self.world.device)  # throughput counts the steps under way, not what follows
         began = time.perf_counter()
         yield
         if self.mark:
             self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])
 
     def evaluate(self, step, loader):
-        """Measure the validation loss; keep the weights if it is the lowest so far."""
         with self.clock_stopped():
             found = evaluate(self.model, loader, self.s, self.world, self.data)
             loss = found["val_loss"]
             self.say(f"step {step:,}: val {in_words(found)}")
-            for name, value in self.baselines.items():
+            for name, value in self.data.meta.get("landmarks", {}).items():
                 if loss < value <= self.best:
-                    self.say(f"step {step:,}: below the {name} line ({value:.4f})")
+                    self.say(f"step {step:,}: below the {name} baseline ({value:.4f})")
             if loss < self.best:
                 self.best = loss
-                self.write("best.pt", self.checkpoint(step))
+                self.write("best.pt", step)
             self.note(step, found)
 
     def show_sample(self, step):
-        """Let the model write, and ask it HellaSwag's questions where they are at hand."""
         with self.clock_stopped():
             scores = hellaswag_scores(self.model, self.world)
             if scores:
-                self.say(f"step {step:,}: HellaSwag {in_words(scores)}")
+                self.say(f"step {step:,}: {in_words(scores)}")
             if self.world.is_master:
                 seed = mix(self.s.seed, step)
                 text = self.model.generate("", 200, temperature=0.8, seed=seed).strip()
@@ -640,19 +605,17 @@ class Run:
             self.note(step, scores)
 
     def note(self, step, found):
-        """Keep what was measured for the next row of the log, and draw the report anew."""
+        """Keep what was measured for the next row of the log; draw the report anew."""
         self.row |= {"step": step, "tokens": self.tokens} | found
         if self.world.is_master:
             write_report(self, [*read_log(self.folder), self.row])
 
-    def checkpoint(self, step):
+    def write(self, name, step, **more):
         threads = torch.get_num_threads() * self.world.size
-        settings = dataclasses.asdict(self.s) | {"threads": threads}
-        return make_checkpoint(self.model, step, settings, self.best)
-
-    def write(self, name, checkpoint):
+        settings = asdict(self.s) | {"threads": threads, "tokens": self.tokens}
+        content = make_checkpoint(self.model, step, settings, self.best) | more
         if self.world.is_master:
-            write_atomically(self.folder / name, lambda file: torch.save(checkpoint, file))
+            write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save(self, step):
         """Write ckpt.pt, from which a run resumes; at the last step it marks the end."""
@@ -661,7 +624,7 @@ class Run:
             if step == self.s.max_steps:
                 self.write_row()
             optimizer = self.optimizer.state_dict() | {"scaler": self.scaler.state_dict()}
-            self.write("ckpt.pt", self.checkpoint(step) | {"optimizer": optimizer})
+            self.write("ckpt.pt", step, optimizer=optimizer)
 
     def log_step(self, step, targets, loss_sum, lr, grad_norm):
         """Count a step; every log_every steps, log it. Only then does the CPU wait for a GPU."""
@@ -672,39 +635,32 @@ class Run:
         if not (step % self.s.log_every == 0 or step == self.s.max_steps - 1 or self.row):
             return
         loss, norm = self.check_finite()
-        row = dict(step=step, tokens=self.tokens - targets, train_loss=loss, lr=f"{lr:.6g}",
-                   grad_norm=f"{norm:.6g}")
-        text = f"train {loss:.4f} | lr {lr:.2e} | grad norm {norm:.2f}"
-        now = time.perf_counter()
+        row = dict(step=step, tokens=self.tokens - targets, train_loss=loss, lr=lr, grad_norm=norm)
+        text, now = f"train {loss:.4f} | lr {lr:.2e} | grad norm {norm:.2f}", time.perf_counter()
         if self.mark:
             speed = (self.tokens - self.mark[1]) / (now - self.mark[0])
-            row["tokens_per_second"] = f"{speed:.0f}"
+            row["tokens_per_second"] = round(speed)
             mfu = 100 * speed * self.flops_per_token / self.peak
-            left = duration((self.s.max_steps - step) * targets / speed)
-            text += f" | {speed:,.0f} tokens/s, MFU {mfu:.0f} %, {left} left"
+            minutes = (self.s.max_steps - step) * targets / speed / 60
+            text += f" | {speed:,.0f} tokens/s, MFU {mfu:.0f} %, {minutes:.1f} min left"
         self.mark = (now, self.tokens)
         self.write_row(**row)
-        if self.scaler.is_enabled():  # AdamW counts the steps that it took
-            taken = next(iter(self.optimizer.state.values()), {}).get("step", 0)
-            text += f" | {step + 1 - int(taken):,} steps skipped: gradients beyond float16"
         if self.bar:
             self.bar.set_postfix_str(text)
         elif step % self.s.log_every == 0:
             self.say(f"step {step:,}/{self.s.max_steps:,} | {text}")
 
     def check_finite(self):
-        """(loss, gradient norm) of the latest step. Raises UserError if they are not finite."""
+        """(loss, gradient norm) of the latest step. Infinite ones end the run."""
         step, loss_sum, lr, grad_norm = self.latest
         loss, norm = self.world.reduce(loss_sum.clone()).item(), grad_norm.item()
         # float16's scaler expects infinite gradients now and then, and skips those steps
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g} at "
-                            f"learning rate {lr:.2g}: lower --learning_rate or raise "
-                            f"--warmup_steps; the checkpoint in {self.folder} is intact")
+            raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g}: lower "
+                            f"--learning_rate from {lr:.2g}; the last checkpoint is intact")
         return loss, norm
 
     def write_row(self, **values):
-        """Add a row to log.csv: these values, and what was measured since the last row."""
         row = self.row | values | {"seconds": f"{time.perf_counter() - self.began:.2f}"}
         self.row = {}
         if self.world.is_master:
@@ -714,39 +670,37 @@ class Run:
         if self.world.is_master:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
-    def stopped(self, step, status):
+    def stopped(self, step, number):
         self.save(step)
-        again = "the same command" + (" without --overwrite" if self.s.overwrite else "")
+        again = "the same command" + " without --overwrite" * self.s.overwrite
         self.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
-        return status
+        return 0 if number == TIME_IS_UP else 128 + number  # what a shell reports of a signal
 
     def finished(self):
-        self.say(f"done in {duration(time.perf_counter() - self.began)}, lowest validation loss "
-                 f"{self.best:.4f}; see {self.folder / 'report.md'}, and let the model write:\n"
-                 f"python sample.py --checkpoint={self.folder / 'best.pt'}")
+        minutes = (time.perf_counter() - self.began) / 60
+        self.say(f"done in {minutes:.1f} min, lowest validation loss {self.best:.4f}; see "
+                 f"{self.folder / 'report.md'}\nnow: python sample.py --checkpoint="
+                 f"{self.folder / 'best.pt'}")
         return 0
 
 
 def announce(run, plan, loader):
-    """Print the plan of a run; measure the speed that throughput will be compared with."""
-    s, world, V = run.s, run.world, run.data.vocab_size
-    run.tokens = loader.rows.targets_before(run.start * plan.rows_per_step)
-    run.flops_per_token, run.peak = flops_per_token(run.model, s.block_size), math.inf
+    """Print the plan; measure the speed that throughput is compared with (MFU)."""
+    s, world, model, (rows, at_once) = run.s, run.world, run.model, plan
+    run.flops_per_token, run.peak = flops_per_token(model, s.block_size), math.inf
     if not world.is_master:
         return
-    speed = matmul_speed(world.device, world.dtype)
-    run.peak, N = speed * world.size, run.model.num_parameters()
-    epochs = s.max_steps * plan.rows_per_step / loader.rows_per_epoch
-    tokens = epochs * loader.rows.targets_before(loader.rows_per_epoch)
+    speed, N, V = matmul_speed(world), model.num_parameters(), model.config.vocab_size
+    run.peak, epochs = speed * world.size, s.max_steps * rows / loader.rows_per_epoch
+    tokens = epochs * sum(len(shard) - 1 for shard in loader.shards)
     on_cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_cuda else world.device
-    run.machine = f"{world.size} x {device}, {s.dtype} products at {speed / 1e9:,.0f} GFLOP/s"
-    print(f"model: {N:,} parameters, {V * s.n_embd:,} of them in the embedding of {V:,} tokens; "
-          f"expect a first loss near ln {V:,} = {math.log(V):.2f}")
-    print(f"machine: {run.machine}")
-    print(f"plan: {s.max_steps:,} steps of {plan.rows_per_step} rows, {plan.micro_batch_size} at "
-          f"once; {short(tokens)} tokens, {epochs:.1f} epochs of {s.data_dir}, "
-          f"{tokens / N:.1f} tokens per parameter; {short(run.flops_per_token)} FLOPs per token")
+    run.plan = (
+        f"model: {N:,} parameters; expect a first loss near ln {V:,} = {math.log(V):.2f}\n"
+        f"machine: {world.size} x {device}, {s.dtype} at {speed / 1e9:,.0f} GFLOP/s\n"
+        f"plan: {s.max_steps:,} steps of {rows} rows, {at_once} at once; {tokens:,.0f} tokens, "
+        f"{epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens per parameter")
+    print(run.plan)
     print(f"continuing {run.folder} from step {run.start:,} ({start_over(run.folder)})"
           if run.start else f"a new run in {run.folder}{run.why_new}")
     if sys.stderr.isatty():
@@ -754,24 +708,21 @@ def announce(run, plan, loader):
 
 
 def difference(checkpoint, s):
-    """Why a checkpoint does not belong to an unfinished run of these settings; else empty."""
-    theirs = dataclasses.asdict(Settings()) | checkpoint["settings"]
-    for name, value in dataclasses.asdict(s).items():
-        if theirs[name] != value and name not in FREE_SETTINGS:
+    """Why a checkpoint is not of an unfinished run of these settings; empty if it is."""
+    theirs = asdict(Settings()) | {"code": model_code()} | checkpoint["settings"] | {
+        "code": checkpoint.get("code", model_code())}
+    ours = asdict(s) | {"code": model_code()}
+    for name, value in ours.items():
+        same = theirs[name] == value or (name, value) == ("dtype", "auto")
+        if not same and name not in FREE_SETTINGS:
             return f"a run with {name}={theirs[name]}"
-    if s.dtype not in ("auto", theirs["dtype"]):
-        return f"a run in {theirs['dtype']}"
-    if checkpoint.get("code", model_code()) != model_code():
-        return "a run of other model code"
     return "a finished run" if checkpoint["step"] == s.max_steps else ""
 
 
 def choose_folder(s, world):
-    """The folder of the unfinished run of these settings, or else the next free one.
+    """Lock the folder of the unfinished run of these settings, or else the next free one.
 
-    Returns (folder, checkpoint to resume from or None, its settings, why a new run starts) and
-    locks the folder. Raises UserError where the run is alive or nothing can be written.
-    """
+    Returns (folder, checkpoint to resume from, its settings, why a new run starts)."""
     base, why_new = Path(s.out_dir or f"out/{s.preset}"), ""
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite=True would delete {s.init_from}: choose another --out_dir")
@@ -788,16 +739,13 @@ def choose_folder(s, world):
             found = load_checkpoint(folder / saved[0], start_over(folder))
             why = difference(found, s)
         if not why and lock is None:
-            raise UserError(f"a run is at work in {folder}: wait for it, stop it, or choose "
-                            "another --out_dir")
+            raise UserError(f"a run is at work in {folder}: stop it, or set another --out_dir")
         if not why:
             world.at_end.callback(lock.release)
             if "ckpt.pt" in saved:
                 return folder, folder / "ckpt.pt", found["settings"], ""
             return folder, None, {}, why_new
         why_new = why_new or f" ({folder} holds {why})"
-        if lock:
-            lock.release()
 
 
 def start_over(folder):
@@ -805,28 +753,27 @@ def start_over(folder):
 
 
 def lock_folder(folder):
-    """Claim a folder until the lock is released or this process ends; None if it is taken."""
+    """A lock that lasts until this process ends at the latest; None if the folder is taken."""
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return None
-    except OSError as error:  # a network drive without locks: better unguarded than not at all
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network drive without locks
             raise
     return lock
 
 
 def clear_leftovers(folder, start):
-    """Remove what a killed run left: half-written files, log rows and samples from `start` on."""
+    """Remove what a killed run left: half-written files, rows and samples from `start` on."""
     with writing(folder):
-        for path in folder.glob(".*.tmp"):
-            path.unlink()
-        for name in () if start else ("ckpt.pt", "best.pt"):
-            (folder / name).unlink(missing_ok=True)
-    header = dict(zip(LOG_COLUMNS, LOG_COLUMNS, strict=True))
+        stale = [] if start else [folder / "ckpt.pt", folder / "best.pt"]
+        for path in [*folder.glob(".*.tmp"), *stale]:
+            path.unlink(missing_ok=True)
     rows = [row for row in read_log(folder) if int(row["step"]) < start]
-    write_text(folder / "log.csv", "".join(map(log_line, [header, *rows])))
+    header = ",".join(LOG_COLUMNS) + "\n"
+    write_text(folder / "log.csv", header + "".join(map(log_line, rows)))
     samples = [block for block in read_samples(folder) if int(block.split()[2]) < start]
     write_text(folder / "samples.md", "".join(samples))
 
@@ -846,7 +793,6 @@ def read_log(folder):
 
 
 def read_samples(folder):
-    """The blocks of samples.md, each from its heading to the next."""
     path = folder / "samples.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return re.findall(r"^## Step \d.*?(?=^## Step |\Z)", text, re.M | re.S)
@@ -855,22 +801,14 @@ def read_samples(folder):
 class StopRequest:
     """Ctrl-C, SIGTERM or max_minutes: the run finishes its step, saves and ends."""
 
-    TIME_IS_UP = 1  # stands in for a signal; those handled here have larger numbers
-
     def __init__(self, s, world):
         self.s, self.world, self.began = s, world, time.perf_counter()
         self.signal, self.received = 0, math.inf
 
-    def handle(self, number, frame=None):
-        # A second signal leaves at once; half a second, since torchrun sends the first one twice
-        if self.signal and time.perf_counter() - self.received > 0.5:
-            os._exit(128 + number)
-        self.received, self.signal = time.perf_counter(), number
-
-    @contextlib.contextmanager
+    @contextmanager
     def listening(self):
         before = {}
-        with contextlib.suppress(ValueError):  # raised where this is not the main thread
+        with suppress(ValueError):  # raised where this is not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, self.handle)
         try:
@@ -879,11 +817,17 @@ class StopRequest:
             for number, previous in before.items():
                 signal.signal(number, previous)
 
+    def handle(self, number, frame=None):
+        # A second signal leaves at once, but not within 0.5 s: torchrun sends the first one twice
+        if self.signal and time.perf_counter() - self.received > 0.5:
+            os._exit(128 + number)
+        self.received, self.signal = time.perf_counter(), number
+
     def requested(self, step):
         """Is it time to stop? Several processes agree on it in the steps that they log."""
         minutes = (time.perf_counter() - self.began) / 60
-        if self.s.max_minutes and minutes >= self.s.max_minutes:
-            self.signal = self.signal or self.TIME_IS_UP
+        if minutes >= (self.s.max_minutes or math.inf):
+            self.signal = self.signal or TIME_IS_UP
         if self.world.size > 1:
             if step % self.s.log_every:
                 return False
@@ -891,164 +835,90 @@ class StopRequest:
             self.received = time.perf_counter()  # a late signal is still the same one
         return self.signal > 0
 
-    @property
-    def status(self):
-        """The exit status: 0 after max_minutes, else what a shell reports of the signal."""
-        return 0 if self.signal == self.TIME_IS_UP else 128 + self.signal
 
-
-# ---- Report and picture --------------------------------------------------------------------------
-
-STYLE = """<style>text { font: 13px system-ui, sans-serif; fill: #1f2328 } .grid { stroke: #e4e8ec }
-.mark { stroke: #818b98; stroke-dasharray: 6 4 } .c0 { color: #e8710a } .c1 { color: #2f80ed }
-.c2 { color: #16a07a } polyline { fill: none; stroke-width: 2; stroke: currentColor } rect {
-fill: #fff } tspan { fill: currentColor } @media (prefers-color-scheme: dark) { rect { fill: #0d1117 }
-text { fill: #f0f6fc } .grid { stroke: #262c36 } }</style>"""
+# ---- Report and picture ----
 
 
 def write_report(run, rows):
     """Draw loss.svg and write report.md, from the log's rows and from samples.md."""
-    s, c = run.s, run.model.config
     rows = [{name: float(value) for name, value in row.items() if value != ""} for row in rows]
-    curves = {name: [(row["tokens"], row[name]) for row in rows if name in row]
-              for name in LOG_COLUMNS}
-    evaluated = [row for row in rows if "val_loss" in row]
-    if not evaluated:
-        return
-    last, best = evaluated[-1], min(evaluated, key=lambda row: row["val_loss"])
-    floor = {"floor": last["val_loss"] - last["above_floor"]} if "above_floor" in last else {}
-    panels = [("nats per token, over the tokens read:", {
-        "training": curves["train_loss"], "validation": curves["val_loss"]}, run.baselines | floor)]
-    if floor:
-        panels.append(("nats per token above the floor, for lack of:", {
-            skill: curves[f"above_floor_{skill}"] for skill in run.data.meta["skills"]}, {}))
+
+    def curves(**columns):
+        found = {name: [(row["tokens"], row[column]) for row in rows if column in row]
+                 for name, column in columns.items()}
+        return {name: curve for name, curve in found.items() if curve}
+    lines = dict(run.data.meta.get("landmarks", {}))
+    panels = [("nats per token", curves(training="train_loss", validation="val_loss"), lines)]
+    if "above_floor" in rows[-1]:
+        lines["floor"] = rows[-1]["val_loss"] - rows[-1]["above_floor"]
+    if "floor" in lines:
+        skills = curves(**{skill: f"above_floor_{skill}" for skill in SKILLS})
+        panels.append(("nats per token above the floor, for lack of", skills, {}))
     write_text(run.folder / "loss.svg", draw(panels))
-    speeds = [speed for _, speed in curves["tokens_per_second"]]
-    scores = [row for row in rows if "hellaswag_acc" in row]
-    facts = {
-        "model": f"{run.model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} "
-                 f"heads, width {c.n_embd}, context {c.block_size}",
-        "data": f"{s.data_dir}, {run.data.tokenizer.spec['kind']} vocabulary of {c.vocab_size:,}",
-        "trained": f"{last['step']:,.0f} of {s.max_steps:,} steps, {last['tokens']:,.0f} tokens",
-        "machine": f"{run.machine}, torch {torch.__version__}",
-        "speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "",
-        "time": duration(time.perf_counter() - run.began),
-        "validation loss": in_words(last),
-        "lowest": f"{best['val_loss']:.4f} at step {best['step']:,.0f}",
-        "HellaSwag": f"{in_words(scores[-1])} (OpenAI's GPT-2: 29.45 %)" if scores else ""}
-    table = "\n".join(f"| {name} | {words} |" for name, words in facts.items() if words)
-    write_text(run.folder / "report.md", f"# {s.preset}\n\n![loss](loss.svg)\n\n| | |\n"
-               f"| --- | --- |\n{table}\n\n" + "".join(read_samples(run.folder)))
-
-
-def short(number):
-    """1,500,000 -> 1.5M."""
-    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-    size, letter = next((unit for unit in units if number >= unit[0]), (1, ""))
-    return f"{number / size:.3g}{letter}"
-
-
-def duration(seconds):
-    units = ((3600, "h"), (60, "min"), (1, "s"))
-    return next(f"{seconds / n:.3g} {name}" for n, name in units if seconds >= 2 * n or n == 1)
+    table = "".join(f"| {row['step']:,.0f} | {in_words(row)} |\n" for row in rows if in_words(row))
+    write_text(run.folder / "report.md", f"# {run.s.preset}\n\n![loss](loss.svg)\n\n```\n{run.plan}"
+               f"\n```\n\n| step | measured |\n| --- | --- |\n{table}\n"
+               + "".join(read_samples(run.folder)))
 
 
 def draw(panels):
-    """An SVG of panels, each (title, {curve: [(tokens, value)]}, {line: value}), with log axes."""
-    width, height, body = 656, 250, []
-
-    def text(x, y, words, anchor="start"):
-        body.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>')
-
-    for number, (title, curves, lines) in enumerate(panels):
+    """An SVG of panels, each (title, {curve: [(tokens, value)]}, {line: value}); log values."""
+    body = []
+    for top, (title, curves, lines) in zip((30, 340), panels, strict=False):
         points = [point for curve in curves.values() for point in curve]
-        tokens = [t for t, _ in points if t] or [1]  # step 0, of no tokens, is at the left edge
-        values = [max(v, 1e-3) for v in (*(v for _, v in points), *lines.values())]
-        x = log_scale(min(tokens) / 2, max(tokens), 0, width)
-        y = log_scale(0.95 * min(values), 1.1 * max(values), height, 0)
-        body.append(f'<g transform="translate(52, {34 + number * (height + 60)})">')
-        text(0, -12, html.escape(title) + "".join(
-            f' <tspan class="c{i}">&#160; {name}</tspan>' for i, name in enumerate(curves)))
-        levels = [(n * 10.0**power, "grid") for power in range(-3, 3) for n in (1, 2, 5)]
-        for value, style in [*levels, *((value, "mark") for value in lines.values())]:
-            if 0 <= y(value) <= height:
-                body.append(f'<path class="{style}" d="M0 {y(value):.1f} H{width}"/>')
-                if style == "grid":
-                    text(-6, y(value) + 4, f"{value:g}", "end")
-        for name, value in lines.items():
-            text(4, y(value) - 4, f"{html.escape(name)} {value:.4g}")
-        for power in range(2, 13):
-            if 0 <= x(10**power) <= width:
-                text(x(10**power), height + 18, short(10**power), "middle")
-        for i, curve in enumerate(curves.values()):
-            some = curve[::max(1, len(curve) // 600)]
-            path = " ".join(f"{max(0, x(t)):.1f},{y(v):.1f}" for t, v in some)
-            body.append(f'<polyline class="c{i}" points="{path}"/>')
-        body.append("</g>")
-    size = f'viewBox="0 0 720 {len(panels) * (height + 60)}" width="720"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}<rect width="100%" '
-            'height="100%"/>' + "\n".join(body) + "</svg>\n")
+        span = max(t for t, _ in points) or 1
+        logs = [math.log(max(v, 1e-3)) for v in (*(v for _, v in points), *lines.values())]
+        low, high = min(logs), max(logs) + 0.1
+
+        def place(t, v, top=top, span=span, low=low, high=high):
+            y = top + 250 * (high - math.log(max(v, 1e-3))) / (high - low)
+            return f"{10 + 560 * t / span:.0f}", f"{y:.1f}"
+
+        body.append(f'<text x="10" y="{top - 12}">{title}, over {span:,.0f} tokens</text>')
+        flat = {name: [(0, value), (span, value)] for name, value in lines.items()}
+        colours = ["#e8710a", "#2f80ed", "#16a07a"][:len(curves)] + ["#888"] * len(lines)
+        for colour, (name, curve) in zip(colours, (curves | flat).items(), strict=True):
+            some = curve[::len(curve) // 600 + 1] + curve[-1:]
+            path = " ".join(",".join(place(t, v)) for t, v in some)
+            x, y = place(*curve[-1])
+            body.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
+            body.append(f'<text x="{x}" y="{y}" fill="{colour}">{name} {curve[-1][1]:.4f}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13" '
+            f'fill="#888" viewBox="0 0 720 {310 * len(panels)}">' + "\n".join(body) + "</svg>\n")
 
 
-def log_scale(low, high, start, end):
-    """A function from low .. high to start .. end, even in the logarithm."""
-    low, high = math.log(low), math.log(high)
-    return lambda value: start + (end - start) * (math.log(max(value, 1e-3)) - low) / (high - low)
-
-
-# ---- The batches of a step, the rows of an epoch -------------------------------------------------
-
-
-@dataclass
-class Plan:
-    rows_per_step: int  # over all processes
-    micro_batch_size: int  # rows that one process handles at once
+# ---- The batches of a step, the rows of an epoch ----
 
 
 def plan_batch(s, world):
-    """Deal the rows of a step to processes and micro-batches. Raises UserError if that fails."""
+    """(rows in a step over all processes, rows that one process handles at once)."""
     rows, rest = divmod(s.total_batch_size, s.block_size)
     if rest or not rows or rows % world.size or (rows > s.batch_size and rows % s.batch_size):
         raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of "
-                        f"block_size times processes ({s.block_size * world.size:,}) and, if it "
-                        f"is larger, of batch_size * block_size ({s.batch_size * s.block_size:,})")
+                        f"block_size * processes ({s.block_size * world.size:,}) and, beyond it, "
+                        f"of batch_size * block_size ({s.batch_size * s.block_size:,})")
     share = rows // world.size
-    # Processes on one CPU share its memory: together they take no more rows than one would
-    most = max(1, min(s.batch_size // world.sharing, share))
-    return Plan(rows, next(n for n in range(most, 0, -1) if share % n == 0))
+    return rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0)
 
 
 def step_batches(loader, step, plan, world):
     """This process's part of a step, [(x, y), ...], and the targets in the whole step."""
-    every_row = range(step * plan.rows_per_step, (step + 1) * plan.rows_per_step)
+    rows, micro_batch_size = plan
+    every_row, share = range(step * rows, (step + 1) * rows), rows // world.size
     targets = sum(loader.rows.locate(row)[2] for row in every_row)
-    share = plan.rows_per_step // world.size
     mine, batches = every_row[world.rank * share:(world.rank + 1) * share], []
-    for i in range(0, share, plan.micro_batch_size):
-        pair = loader.batch(mine[i:i + plan.micro_batch_size])
+    for i in range(0, share, micro_batch_size):
+        x, y = loader.batch(mine[i:i + micro_batch_size])
         if world.device.type == "cuda":  # pinned memory: the copy runs beside the computation
-            pair = [tensor.pin_memory() for tensor in pair]
-        batches.append([tensor.to(world.device, non_blocking=True) for tensor in pair])
+            x, y = x.pin_memory(), y.pin_memory()
+        batches.append([t.to(world.device, non_blocking=True) for t in (x, y)])
     return batches, targets
-
-
-def prefetch(loader, start, stop, plan, world):
-    """Yield the batches of each step; a thread prepares the next one meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(step_batches, loader, start, plan, world)
-        for step in range(start, stop):
-            ready = future.result()
-            if step + 1 < stop:
-                future = pool.submit(step_batches, loader, step + 1, plan, world)
-            yield ready
 
 
 class RowIndex:
     """Which tokens are row number g? With `eot`, a row is a document.
 
-    Shards are shuffled, and the rows within a shard: an epoch reads one file after another, and
-    memory holds the order of two shards at most. seed=None keeps everything in order.
-    """
+    An epoch shuffles the shards, and the rows within each: memory holds two shards' order."""
 
     def __init__(self, shards, block_size, seed, eot):
         self.shards, self.block_size, self.seed, self.eot = shards, block_size, seed, eot
@@ -1067,31 +937,21 @@ class RowIndex:
                 return shard, int(starts[row]), int(lengths[row])
             row -= self.counts[shard]
 
-    def targets_before(self, row):
-        """How many targets the rows 0 to row - 1 hold."""
-        if self.eot is None:
-            return row * self.block_size
-        epochs, rest = divmod(row, self.per_epoch)
-        whole = sum(int(self.cuts(0, shard)[1].sum()) for shard in range(len(self.shards)))
-        return epochs * whole + sum(self.locate(before)[2] for before in range(row - rest, row))
-
     def _rng(self, *key):
         return np.random.default_rng([self.seed, *key])
 
     def _order(self, epoch):
-        """The numbers of the shards in the order of this epoch."""
         n = len(self.shards)
         return range(n) if self.seed is None else self._rng(epoch).permutation(n).tolist()
 
     def _count(self, shard):
-        """Rows of a shard, the same in every epoch."""
         if self.eot is not None or self.seed is None:
             return len(self.cuts(0, shard)[0])
         fit = (len(self.shards[shard]) - 1) // self.block_size
         return fit - 1 if fit > 1 else fit  # one row's length is left to shift the cuts
 
     def _cuts(self, epoch, shard):
-        """Where the rows of a shard begin, and how many targets each has, in epoch order."""
+        """(starts, numbers of targets) of a shard's rows, in the order of the epoch."""
         n, T = len(self.shards[shard]), self.block_size
         if self.eot is not None:
             starts, lengths = self._documents(self.shards[shard])
@@ -1108,8 +968,7 @@ class RowIndex:
         return starts, lengths
 
     def _documents(self, tokens):
-        """Rows from each <|endoftext|> to the next. A document of 25 targets gives rows of 10, 10
-        and 5 for block_size 10."""
+        """Rows between <|endoftext|>; a document of 25 targets makes 10, 10 and 5 for T = 10."""
         T, eots = self.block_size, np.flatnonzero(tokens == self.eot)
         marks = np.unique(np.concatenate(([0], eots, [len(tokens) - 1])))
         pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
@@ -1119,54 +978,54 @@ class RowIndex:
         return starts, np.minimum(T, np.repeat(marks[1:], pieces) - starts)
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------
+# ---- Tokenizer ----
 
 END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 cuts text into words before it merges bytes (GPT-2 paper, section 2.2): English
-# endings, letters, digits and other signs, each with the space before it, then white space
+# How GPT-2 cuts text into words, within which bytes are merged (GPT-2 paper, section 2.2)
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """Text <-> token ids. `spec` is what meta.json and checkpoints keep of it, one of
+    """Text <-> token ids. `spec` is what meta.json and checkpoints keep of it:
 
-    {"kind": "gpt2"}: OpenAI's 50,257 tokens, through tiktoken;
-    {"kind": "bpe", "ranks": [...]}: a byte-level BPE, its tokens in order, a character per byte;
-    {"kind": "char", "alphabet": "..."}: the characters of one corpus;
-    {"kind": "sentencepiece", "model": "..."}: a SentencePiece model in base64.
-
-    `eot` is the id of <|endoftext|>, None for char; no text is encoded to it. Raises UserError for
-    another spec, and where a vocabulary or library cannot be loaded.
-    """
+    {"kind": "gpt2"}, OpenAI's 50,257 tokens; {"kind": "bpe", "ranks": [...]}, a byte-level BPE,
+    its tokens in order, a character per byte; {"kind": "char", "alphabet": "..."}, the characters
+    of one corpus; {"kind": "sentencepiece", "model": "..."}, in base64. `eot` is the id of
+    <|endoftext|>, None for char. Raises UserError for another spec or a missing vocabulary."""
 
     def __init__(self, spec):
-        self.spec = spec
+        self.spec, self.eot, kind = spec, None, None
         try:
             kind = spec["kind"]
             if kind == "char":
-                self.alphabet, self.eot = spec["alphabet"], None
-                self.ids = {character: i for i, character in enumerate(self.alphabet)}
-                if not 0 < len(self.ids) == len(self.alphabet.encode("utf-32-le")) // 4:
-                    raise ValueError("characters must be distinct")
-            elif kind == "bpe":
-                tokens = [token.encode("latin-1") for token in spec["ranks"]]
-                ranks, self.eot = {token: i for i, token in enumerate(tokens)}, len(tokens)
-                if len(ranks) != self.eot or not {bytes([i]) for i in range(256)} <= ranks.keys():
-                    raise ValueError("tokens must be distinct and hold all 256 bytes")
-                self.encoding = tiktoken.Encoding(
-                    "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
-                    special_tokens={END_OF_TEXT: self.eot})
+                self.ids = {character: i for i, character in enumerate(spec["alphabet"])}
+                self.tokens = [character.encode("utf-8") for character in spec["alphabet"]]
             elif kind == "sentencepiece":
                 import sentencepiece
                 self.pieces = sentencepiece.SentencePieceProcessor(
                     model_proto=base64.b64decode(spec["model"]))
-                self.eot = self.pieces.get_piece_size()
+                names = map(self.pieces.id_to_piece, range(len(self.pieces)))
+                self.tokens = [bytes.fromhex(name[3:5]) if re.fullmatch("<0x..>", name) else
+                               name.replace("\u2581", " ").encode("utf-8") for name in names]
             elif kind == "gpt2":
-                self.encoding, self.eot = gpt2_encoding(), 50256
-            self.vocab_size = len(self.alphabet) if self.eot is None else self.eot + 1
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError,
-                ImportError) as error:
-            raise UserError(f"no tokenizer can be made of {str(spec)[:60]} ({error})") from None
+                self.encoding = tiktoken.get_encoding("gpt2")
+                self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
+            else:
+                self.tokens = [token.encode("latin-1") for token in spec["ranks"]]
+                self.encoding = tiktoken.Encoding(
+                    "bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: len(self.tokens)},
+                    mergeable_ranks={token: i for i, token in enumerate(self.tokens)})
+            n, single = len(set(self.tokens)), sum(len(token) == 1 for token in self.tokens)
+            if kind != "sentencepiece" and not 0 < n == len(self.tokens) or \
+                    kind == "bpe" and single < 256:
+                raise ValueError("tokens must be distinct and write all bytes")
+        except Exception as error:  # no vocabulary, no library, or a damaged spec
+            hint = "; offline, set TIKTOKEN_CACHE_DIR or use --tokenizer=bpe" * (kind == "gpt2")
+            raise UserError(f"no tokenizer of {str(spec)[:50]}: {error!r:.150}{hint}") from None
+        if kind != "char":
+            self.eot = len(self.tokens)
+            self.tokens.append(END_OF_TEXT.encode("utf-8"))
+        self.vocab_size = len(self.tokens)
 
     @property
     def document_start(self):
@@ -1175,24 +1034,17 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
-        if self.eot is None:
-            if unknown := set(text) - self.ids.keys():
-                raise UserError(f"the vocabulary has no {min(unknown)!r}; its {self.vocab_size} "
-                                f"characters are {self.alphabet[:200]!r}")
-            return [self.ids[character] for character in text]
         if self.spec["kind"] == "sentencepiece":
             return self.pieces.encode(text)
-        return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
+        if self.eot is not None:
+            return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
+        if unknown := set(text) - self.ids.keys():
+            raise UserError(f"the vocabulary has no {min(unknown)!r}, only {[*self.ids][:200]}")
+        return [self.ids[character] for character in text]
 
     def decode_bytes(self, ids):
         """ids -> bytes, which may end inside a character."""
-        if self.eot is None:
-            return "".join(self.alphabet[i] for i in ids).encode("utf-8")
-        if self.spec["kind"] != "sentencepiece":
-            return self.encoding.decode_bytes(ids)
-        pieces = (END_OF_TEXT if i == self.eot else self.pieces.id_to_piece(i) for i in ids)
-        return b"".join(bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x..>", piece) else
-                        piece.replace("\u2581", " ").encode("utf-8") for piece in pieces)
+        return b"".join(self.tokens[i] for i in ids)
 
     def decode(self, ids):
         """ids -> str, with U+FFFD for bytes that are not UTF-8."""
@@ -1200,47 +1052,31 @@ class Tokenizer:
 
     def token_bytes(self):
         """(vocab_size,) int64: bytes of text per token; 0 for <|endoftext|>."""
-        return np.array([0 if i == self.eot else len(self.decode_bytes([i]))
-                         for i in range(self.vocab_size)])
-
-
-@functools.cache
-def gpt2_encoding():
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # a failed download, a wrong hash
-        raise UserError(f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has it, or prepare data with "
-                        "--tokenizer=bpe, which needs no network") from None
+        return np.array([len(token) * (i != self.eot) for i, token in enumerate(self.tokens)])
 
 
 def encode_prompt(model, text):
-    """The ids to start from: an empty prompt begins a document, and so does every prompt of a
-    model whose training rows all did."""
+    """The ids to start from. An empty prompt begins a document, or all do, as training rows did."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: give token ids instead of text")
     ids = model.tokenizer.encode(text)
     return ids if ids and not model.starts_documents else model.tokenizer.document_start + ids
 
 
-# ---- Shards and meta.json ------------------------------------------------------------------------
+# ---- Shards and meta.json ----
 
 
 def read_shard(path):
-    """A shard's tokens as a memory map, (n,) uint16. Raises UserError for a damaged one.
-
-    llm.c's format: 256 int32 (magic 20240520, version 1, token count), then uint16 tokens.
-    """
+    """A shard's tokens as a memory map, (n,) uint16. Raises UserError for a damaged one."""
+    # llm.c's format: 256 int32 (magic 20240520, version 1, token count), then uint16 tokens
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", count=256).tolist()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if header[:2] != [20240520, 1] or len(header) < 256:
-        raise UserError(f"{path} is not a shard: make it with prepare_data.py")
-    if header[2] < 1 or size != 1024 + 2 * header[2]:
-        raise UserError(f"{path} should hold {header[2]:,} tokens, but has {(size - 1024) // 2:,}: "
-                        "it was cut short; prepare it again")
-    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(header[2],))
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", count=256)
+        magic, version, count = header[:3].tolist()
+        if (magic, version) == (20240520, 1) and size == 1024 + 2 * count > 1024:
+            return np.memmap(path, "<u2", mode="r", offset=1024, shape=(count,))
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{path} is no whole shard, or cannot be read: prepare it again")
 
 
 def shard_paths(data_dir):
@@ -1256,14 +1092,18 @@ def shard_paths(data_dir):
     return paths
 
 
+def open_rows(s, data, split, seed):
+    eot, vocab_size = data.tokenizer.eot, data.tokenizer.vocab_size
+    return ShardedLoader(s.data_dir, split, s.block_size, s.rows, seed, vocab_size, eot)
+
+
 def how_to_prepare(data_dir):
-    """The command that makes a preset's data, for messages."""
-    name, options = Path(data_dir).name, f"FILE.txt --out_dir={data_dir}"
-    if name in ("stories", "shakespeare", "tinystories", "fineweb_edu", "hellaswag"):
-        options = name
-    elif name == "fineweb_edu_bpe":
-        options = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
-    return f"make them with: python prepare_data.py {options}"
+    name = Path(data_dir).name
+    if name == "fineweb_edu_bpe":
+        name = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
+    elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu", "hellaswag"):
+        name = f"FILE.txt --out_dir={data_dir}"
+    return f"make them with: python prepare_data.py {name}"
 
 
 @dataclass
@@ -1272,15 +1112,7 @@ class Data:
 
     meta: dict
     tokenizer: Tokenizer
-    skills: np.ndarray | None = None  # (n,): which of meta["skills"] predicts a validation token
-
-    @property
-    def vocab_size(self):
-        return self.tokenizer.vocab_size
-
-    @property
-    def eot(self):
-        return self.tokenizer.eot
+    skills: np.ndarray | None = None  # (n,): which of SKILLS predicts a validation token
 
 
 def open_data(data_dir):
@@ -1291,30 +1123,25 @@ def open_data(data_dir):
     if not os.path.exists(path):
         if Path(data_dir) != HELLASWAG.parent:  # which --eval_only takes as well
             shard_paths(data_dir)
-        return Data({"dataset": Path(data_dir).name}, Tokenizer({"kind": "gpt2"}))
+        return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         data = Data(meta, Tokenizer(meta["tokenizer"]))
-        numbers = [meta.get("entropy_floor", 0), *meta.get("landmarks", {}).values()]
-        if not meta["dataset"] or not all(0 <= number < math.inf for number in numbers):
-            raise ValueError("a value is missing or impossible")
-        if meta.get("skills"):
+        if not all(0 <= nats < math.inf for nats in meta.get("landmarks", {}).values()):
+            raise ValueError("landmarks are losses")
+        if "skills" in meta:
             data.skills = np.load(path.with_name("skills.npy"))
-            if len(data.skills) != meta["val"]["tokens"] or data.skills.max() >= len(meta["skills"]):
-                raise ValueError("skills.npy belongs to other shards")
         return data
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError,
-            RecursionError, UserError) as error:
-        raise UserError(f"{path} is not what prepare_data.py writes ({error}); "
-                        f"{how_to_prepare(data_dir)}") from None
+    except Exception as error:  # a damaged file can fail in dozens of ways
+        raise UserError(f"{path} is damaged ({error}); {how_to_prepare(data_dir)}") from None
 
 
-# ---- Files and checkpoints -----------------------------------------------------------------------
+# ---- Files and checkpoints ----
 
 OPENAI_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """Turn what a disk reports into a UserError; torch.save wraps it in a RuntimeError."""
     try:
@@ -1323,15 +1150,12 @@ def writing(path):
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise UserError(f"cannot write {path} ({reason.strerror}): free some space there or choose "
-                        "another folder; what was there before is intact") from None
+        raise UserError(f"cannot write {path} ({reason.strerror}): make room or choose another "
+                        "folder; what was there before is intact") from None
 
 
 def write_atomically(path, write):
-    """Call write(file) on a file beside `path`; move it there once it is safely on the disk.
-
-    A reader sees the old file or the new one, also after a power cut.
-    """
+    """Call write(file) on a file beside `path`; move it there once it is safely on the disk."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -1342,7 +1166,7 @@ def write_atomically(path, write):
                 os.fsync(file.fileno())
             os.replace(beside, path)
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 beside.unlink()
 
 
@@ -1357,7 +1181,7 @@ def append(path, text):
 
 @functools.cache
 def model_code():
-    """A hash of the syntax tree from GPTConfig to GPT; comments and docstrings do not count."""
+    """A hash of the syntax tree from GPTConfig to GPT, without docstrings."""
     body = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
     names = [getattr(node, "name", "") for node in body]
     part = ast.Module(body[names.index("GPTConfig"):names.index("GPT") + 1], [])
@@ -1369,7 +1193,7 @@ def model_code():
 
 def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
     """What best.pt holds; ckpt.pt holds the optimizer's state too."""
-    return {"model": model.state_dict(), "step": step, "config": dataclasses.asdict(model.config),
+    return {"model": model.state_dict(), "step": step, "config": asdict(model.config),
             "settings": settings or {}, "best_val_loss": float(best_val_loss),
             "tokenizer": model.tokenizer.spec if model.tokenizer else {}, "code": model_code()}
 
@@ -1381,77 +1205,68 @@ def converted_path(name):
 
 
 def load_checkpoint(path, hint=""):
-    """The dict in a checkpoint, its tensors still in the file.
+    """The dict in a checkpoint, its tensors still in the file; a UserError for all else.
 
-    Only plain data is unpickled, and shapes are compared with the config before anything of their
-    size is allocated. Raises UserError, with a hint, for all that is no checkpoint.
-    """
+    Only plain data is unpickled, and shapes are checked before memory of their size is taken."""
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
     elif os.path.isdir(path):
         hint = f"name the best.pt of a run, or convert a model: python prepare_data.py {path}"
     if not os.path.isfile(path):
-        hint = hint or f"train one, or name one of {', '.join(OPENAI_NAMES)}"
-        raise UserError(f"there is no checkpoint {path}: {hint}")
+        raise UserError(f"there is no checkpoint {path}: {hint or 'train one first'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key, kind in dict(model=dict, step=int, config=dict, settings=dict, tokenizer=dict,
-                              best_val_loss=float).items():
-            if not isinstance(checkpoint[key], kind):
-                raise TypeError(f"{key} is of another type")
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with torch.device("meta"):  # shapes without memory
-            model = GPT(GPTConfig(**checkpoint["config"]))
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if expected != {name: tensor.shape for name, tensor in checkpoint["model"].items()}:
-            raise ValueError("its weights do not fit its config")
-        if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
-            raise ValueError("its weights are not finite")
-        spec = checkpoint["tokenizer"]
-        if spec and Tokenizer(spec).vocab_size != model.config.vocab_size:
-            raise ValueError("its tokenizer does not fit its config")
+            model = GPT(GPTConfig(**found["config"]))
+        shapes, theirs = ({name: tensor.shape for name, tensor in weights.items()}
+                          for weights in (model.state_dict(), found["model"]))
+        V, spec = model.config.vocab_size, found["tokenizer"]
+        if shapes != theirs or (spec and Tokenizer(spec).vocab_size != V):
+            raise ValueError("weights, config and tokenizer do not fit")
+        found["settings"].keys()
+        if found["step"] < 0 or math.isnan(found["best_val_loss"]):
+            raise ValueError("its step or loss is damaged")
+        return found
     except Exception as error:  # a damaged file can fail in dozens of ways
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
         raise UserError(f"{path} is no checkpoint, or damaged ({reason}); {hint}") from None
-    return checkpoint
 
 
 def load_model(path, device="cpu", **changes):
     """The model in a checkpoint, parts of its config changed, ready to generate text."""
-    checkpoint = load_checkpoint(path)
-    model = GPT(GPTConfig(**checkpoint["config"] | changes))
-    model.load_state_dict(checkpoint["model"])
-    model.tokenizer = Tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
-    model.starts_documents = checkpoint["settings"].get("rows") == "documents"
-    model.is_edited = checkpoint.get("code", model_code()) != model_code()
+    found = load_checkpoint(path)
+    model = GPT(GPTConfig(**found["config"] | changes))
+    model.load_state_dict(found["model"])
+    model.tokenizer = Tokenizer(found["tokenizer"]) if found["tokenizer"] else None
+    model.starts_documents = found["settings"].get("rows") == "documents"
+    model.is_edited = found.get("code", model_code()) != model_code()
     return model.to(device).eval()
 
 
 def load_training_state(path, model, optimizer, scaler, tokenizer):
-    """Load weights, optimizer and scaler from ckpt.pt; return (step, lowest validation loss)."""
-    checkpoint = load_checkpoint(path, start_over(path.parent))
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    """Resume from ckpt.pt; return (step, lowest validation loss)."""
+    found = load_checkpoint(path, start_over(path.parent))
     try:
-        if checkpoint["tokenizer"] != tokenizer.spec:
-            raise ValueError("the data has another tokenizer now")
-        model.load_state_dict(checkpoint["model"])
-        state = copy.deepcopy(checkpoint["optimizer"]["state"])  # out of the mapped file
-        for i, p in enumerate(params):
-            if not state[i] or any(t.shape not in ((), p.shape) for t in state[i].values()):
+        state = copy.deepcopy(found["optimizer"]["state"])  # out of the mapped file
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if not {t.shape for t in state[i].values()} - {()} == {p.shape}:
                 raise ValueError("the optimizer's state has other shapes")
+        if found["tokenizer"] != tokenizer.spec:
+            raise ValueError("the data has another tokenizer now")
+        model.load_state_dict(found["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         if scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["optimizer"]["scaler"])
+            scaler.load_state_dict(found["optimizer"]["scaler"])
+        return found["step"], found["best_val_loss"]
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} does not fit ({reason}); {start_over(path.parent)}") from None
-    return checkpoint["step"], checkpoint["best_val_loss"]
+        raise UserError(f"{path} does not fit ({error!r:.99}); {start_over(path.parent)}") from None
 
 
-# ---- Devices and processes -----------------------------------------------------------------------
+# ---- Devices and processes ----
 
 
 class World:
@@ -1462,12 +1277,9 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_master = self.rank == 0  # the process that writes and prints
         self.device = pick_device(s.device, os.environ.get("LOCAL_RANK", "0"))
-        self.at_end = contextlib.ExitStack()  # what must be closed, however the run ends
+        self.dtype = pick_dtype(s.dtype, self.device)
+        self.at_end = ExitStack()  # what must be closed, however the run ends
         on_cuda = self.device.type == "cuda"
-        # The processes on one CPU share its memory
-        self.sharing = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if self.size > 1 and self.device.type == "mps":
-            raise UserError("several processes cannot train on MPS: add --device=cpu")
         if on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for products in float32
@@ -1475,11 +1287,13 @@ class World:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
         if self.size > 1:
+            if self.device.type == "mps":
+                raise UserError("several processes cannot train on MPS: add --device=cpu")
             dist.init_process_group("nccl" if on_cuda else "gloo")
-        self.dtype = pick_dtype(s.dtype, self.device)
+            self.at_end.callback(dist.destroy_process_group)
 
     def compute_as(self, s, earlier):
-        """Settle precision and threads: those of the run to resume, where there is one."""
+        """Settle precision and threads; a run that resumes keeps its own."""
         self.dtype = pick_dtype(earlier.get("dtype", s.dtype), self.device)
         s.dtype = str(self.dtype).removeprefix("torch.")
         if "threads" in earlier:  # of all processes together
@@ -1487,15 +1301,14 @@ class World:
 
     def autocast(self):
         """Inside, matrix products are in self.dtype; norms, softmax and losses in float32."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()
+        single = self.dtype == torch.float32
+        return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
     def accumulating(self, model, more_to_come):
         """DDP averages gradients over the processes; it waits for the last micro-batch."""
-        return model.no_sync() if self.size > 1 and more_to_come else contextlib.nullcontext()
+        return model.no_sync() if self.size > 1 and more_to_come else nullcontext()
 
     def reduce(self, tensor, largest=False):
-        """The sum of a tensor over all processes, or the largest."""
         if self.size > 1:
             tensor = tensor.to(self.device)  # NCCL wants it on the GPU
             dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
@@ -1515,24 +1328,19 @@ class World:
             raise UserError(box[1])
         return box[0]
 
-    def close(self):
-        self.at_end.close()
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def pick_device(name, local_rank=0):
-    """CUDA, else MPS, else CPU; or the one named. Raises UserError where that is not here."""
+    """CUDA, else MPS, else CPU; or the one named, if it is here."""
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        here = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if here else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError):
         raise UserError(f"torch has no device {name!r} for process {local_rank} here: leave out "
-                        "--device to take the best, and start one process per GPU") from None
+                        "--device, and start one process per GPU") from None
 
 
 def pick_dtype(name, device):
@@ -1547,105 +1355,90 @@ def pick_dtype(name, device):
 
 
 def wait_for(device):
-    """Return when the device has finished; a GPU works on while Python goes ahead."""
-    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, int)()
+    if device.type != "cpu":  # a GPU works on while Python goes ahead
+        torch.accelerator.synchronize()
 
 
 def compiled_and_parallel(model, s, world):
-    """The model that takes the training steps: compiled, and wrapped for several processes."""
-    if s.compile_model is True or (s.compile_model == "auto" and world.device.type == "cuda"):
+    """The model in the wrapping that takes the training steps."""
+    on_cuda = world.device.type == "cuda"
+    if s.compile_model is True or (s.compile_model == "auto" and on_cuda):
         try:  # a missing compiler shows only when it is used
-            x = torch.zeros(8, device=world.device, requires_grad=True)
-            torch.compile(lambda x: x.exp().sum())(x).backward()
+            torch.compile(lambda x: x.exp().sum())(torch.zeros(8, device=world.device))
             model = torch.compile(model)
         except Exception as error:
-            if world.is_master:
-                print(f"warning: torch.compile does not work here ({type(error).__name__}); "
-                      "training goes on without it")
-    if world.size > 1:
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        # Gradients as views of the buffers they travel in: 6 GB less for GPT-2 XL
+            print(f"warning: torch.compile does not work here ({type(error).__name__}); training "
+                  "goes on without it")
+    if world.size > 1:  # gradients as views of the buffers they travel in: 6 GB less for GPT-2 XL
         model = nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True)
+            model, [world.device.index] if on_cuda else None, gradient_as_bucket_view=True)
     return model
 
 
 def keep_memory():
-    """Let glibc keep large blocks. Otherwise it returns them to the kernel after every step and
-    gets them again page by page: half of the time with GPT-2's 200 MB of logits."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    """Let glibc keep large blocks: to return and get GPT-2's 200 MB of logits in every step would
+    take half of the time."""
+    with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not cut back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def is_out_of_memory(error):
-    """CUDA has an exception of its own; other devices have only words."""
-    words = "out of memory|can't allocate memory|not enough memory"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None)
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def mix(*numbers):
-    """One 64-bit seed from several whole numbers."""
+    """One seed from several whole numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-# ---- Building a model ----------------------------------------------------------------------------
+# ---- Building a model ----
 
 
 def build_model(s, data, world):
-    """On the device: a new model of the settings' shape, or the one in --init_from."""
+    """A new model of the settings' shape, or the one in --init_from, on the device."""
+    tokenizer = data.tokenizer
     if s.init_from:
         model = load_model(s.init_from, dropout=s.dropout, attention=s.attention)
-        own = model.tokenizer
-        if own.spec != data.tokenizer.spec if own else model.config.vocab_size != data.vocab_size:
+        own, V = model.tokenizer or tokenizer, model.config.vocab_size
+        if own.spec != tokenizer.spec or V != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare "
                             "the data with that of the model")
     else:
-        shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(GPTConfig)
-                 if f.name != "vocab_size"}
-        model = GPT(GPTConfig(vocab_size=data.vocab_size, **shape), s.init_std)
-    model.tokenizer, model.starts_documents = data.tokenizer, s.rows == "documents"
+        names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
+        shape = {name: getattr(s, name) for name in names}
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), s.init_std)
+    model.tokenizer, model.starts_documents = tokenizer, s.rows == "documents"
     return model.to(world.device)
 
 
 def adopt_shape(s, given):
-    """With --init_from, take the shape from its weights; rows may be shorter."""
+    """With --init_from, the shape is that of its weights; only the rows may be shorter."""
     if s.eval_only and not s.init_from:
         s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
-    config = load_checkpoint(s.init_from)["config"] if s.init_from else {}
-    for name in config.keys() & {"n_layer", "n_head", "n_embd", "pos_encoding", "activation"}:
-        if given.get(name, config[name]) != config[name] and os.environ.get("RANK", "0") == "0":
-            print(f"note: --{name} is ignored: {s.init_from} has {config[name]}")
-        setattr(s, name, config[name])
-    if config and s.block_size > config["block_size"] and "block_size" in given:
-        raise UserError(f"block_size {s.block_size} is more than the {config['block_size']} "
-                        f"positions of {s.init_from}")
-    if "block_size" not in given:
-        s.block_size = config.get("block_size", s.block_size)
+    if s.init_from:
+        config = load_checkpoint(s.init_from)["config"]
+        for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation"):
+            setattr(s, name, config[name])
+        s.block_size = min(given.get("block_size", math.inf), config["block_size"])
 
 
-def check_shape(config):
-    """Raise UserError for a shape that cannot be built."""
-    c = config
+def check_shape(c):
+    """Raise UserError for a config that cannot be built."""
     sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd]
+    odd = c.pos_encoding == "sinusoidal" and c.n_embd % 2
     if not all(type(size) is int and 0 < size <= 2**24 for size in sizes) or c.n_layer > 1024 \
-            or c.n_embd % c.n_head or (c.pos_encoding == "sinusoidal" and c.n_embd % 2) \
-            or c.pos_encoding not in ("learned", "sinusoidal") or not 0 <= c.dropout < 1 \
+            or c.n_embd % c.n_head or odd or not 0 <= c.dropout < 1 \
             or c.n_embd * (c.block_size + c.vocab_size + 12 * c.n_layer * c.n_embd) > 2.5e11:
-        raise UserError(
-            f"no model has this shape: {c}. Sizes are whole numbers above 0, n_layer at most "
-            "1,024, n_embd divisible by n_head (and even for sinusoidal positions), all weights "
-            "below 1,000 GB")
+        raise UserError(f"no model has this shape: {c}. n_embd must be a multiple of n_head (and "
+                        "even for sinusoidal positions), n_layer at most 1,024, all below 1,000 GB")
 
 
 def sinusoids(block_size, n_embd, std):
-    """(block_size, n_embd): sines and cosines (Attention paper, section 3.5).
-
-    They are scaled to the size of the embeddings, std: at their own size of 1 they would drown
-    embeddings of 0.02, and training would stall.
-    """
+    """(block_size, n_embd): sines and cosines (Attention paper, section 3.5), scaled to the
+    size of the embeddings. At their own size of 1 they would drown embeddings of 0.02."""
     position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
     i = torch.arange(0, n_embd, 2, dtype=torch.float32)  # (C/2,)
     angle = position * 10_000 ** (-i / n_embd)  # (T, C/2)
@@ -1662,62 +1455,58 @@ def unembed(x, weight):
     return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., :len(weight)]
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------
+# ---- Evaluation ----
 
 HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
 def token_losses(logits, targets):
     """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for -1."""
-    # 256 tokens at a time: in float32 all logits may take more memory than the model
-    pieces = zip(logits.flatten(0, 1).split(256), targets.flatten().split(256), strict=True)
-    nats = [F.cross_entropy(some.float(), wanted, ignore_index=-1, reduction="none")
-            for some, wanted in pieces]
-    return torch.cat(nats).view(targets.shape).cpu()
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device),
+                           ignore_index=-1, reduction="none")
+    return nats.view(targets.shape).cpu()
 
 
 @torch.no_grad()
 def evaluate(model, loader, s, world, data):
-    """Measure the validation rows, always the same ones. Returns columns of the log:
+    """Measure the validation rows, always the same ones: {column of the log: value}.
 
-    val_loss (nats per token), val_bits_per_byte, and where the entropy floor is known for just
-    these rows, the nats above it for lack of each skill. Batches are dealt to the processes and
-    summed in one order, so that every number of processes finds the same.
-    """
+    Losses are in nats per token, above the entropy floor where it is known for just these rows.
+    Sums have one order, whatever the number of processes."""
     count = loader.rows_per_epoch
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
-    skills, whole = {"": 0}, count == loader.rows_per_epoch
-    if data.skills is not None and loader.rows.eot and whole and not loader.rows.has_long_documents:
-        skills = data.meta["skills"]  # {name: its part of the floor}
+    has_floor = data.skills is not None and loader.rows.eot is not None \
+        and count == loader.rows_per_epoch and not loader.rows.has_long_documents
     bounds = np.cumsum([0, *map(len, loader.shards)])  # where each shard begins
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    at_once = max(1, 4096 // s.block_size)  # fits wherever training fits
+    # At most 4,096 tokens and 2^27 logits at once: 0.5 GB in float32
+    at_once = max(1, min(4096, 2**27 // len(token_bytes)) // s.block_size)
     batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
-    sums = torch.zeros((len(batches), 2 + len(skills)), dtype=torch.float64)
+    sums = torch.zeros((len(batches), 2 + len(SKILLS)), dtype=torch.float64)
     was_training = model.training
     model.eval()
     for i in range(world.rank, len(batches), world.size):
-        x, y = (tensor.to(world.device) for tensor in loader.batch(batches[i]))
+        x, y = loader.batch(batches[i])
         with world.autocast():
-            logits, _ = model(x)
-        nats, known = token_losses(logits, y), y.cpu() != -1
-        nats, targets = nats[known].double(), y.cpu()[known]  # (tokens,), row after row
+            logits, _ = model(x.to(world.device))
+        known = y != -1
+        nats, targets = token_losses(logits, y)[known].double(), y[known]  # (tokens,) by row
         skill = np.zeros(len(targets), np.int64)
-        if len(skills) > 1:
+        if has_floor:
             places = map(loader.rows.locate, batches[i])
             skill = np.concatenate([data.skills[bounds[shard] + start + 1:][:length]
                                     for shard, start, length in places])
-        by_skill = np.bincount(skill, nats, minlength=len(skills))
+        by_skill = np.bincount(skill, nats, minlength=len(SKILLS))
         sums[i] = torch.tensor([len(targets), token_bytes[targets].sum(), *by_skill])
     model.train(was_training)
     tokens, size, *nats = world.reduce(sums).cpu().sum(dim=0).tolist()
     found = {"val_loss": sum(nats) / tokens,
              "val_bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
-    if len(skills) > 1:
+    if has_floor:
         found["above_floor"] = found["val_loss"] - data.meta["entropy_floor"]
-        for (name, floor), n in zip(skills.items(), nats, strict=True):
-            found[f"above_floor_{name}"] = n / tokens - floor
+        for skill, n in zip(SKILLS, nats, strict=True):
+            found[f"above_floor_{skill}"] = n / tokens - data.meta["skills"][skill]
     return found
 
 
@@ -1725,34 +1514,29 @@ def evaluate(model, loader, s, world, data):
 def hellaswag(model, questions, world):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)?
 
-    A question is (context, [four endings], number of the right one). Returns (questions, 2)
-    int64: the ending with the lowest total loss, and the one with the lowest loss per token. The
-    context is read once; its endings go on from the cache as one batch.
-    """
-    tokenizer, block_size = model.tokenizer, model.config.block_size
-    losses = torch.zeros((len(questions), 4, 2))
-    was_training = model.training
+    A question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
+    ending of the lowest loss, in total and per token."""
+    encode, block_size, device = model.tokenizer.encode, model.config.block_size, world.device
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    losses, was_training = torch.zeros((len(questions), 4, 2)), model.training
     model.eval()
     for number in range(world.rank, len(questions), world.size):
         context, endings, _ = questions[number]
-        endings = [tokenizer.encode(ending)[:block_size] for ending in endings]
+        endings = [encode(ending)[:block_size] for ending in endings]
         sizes = torch.tensor([len(ending) for ending in endings])
-        longest = int(sizes.max())
-        context = tokenizer.encode(context) or tokenizer.document_start
-        context = context[-(block_size + 1 - longest):]
-        x, y = torch.zeros((4, longest), dtype=torch.int64), torch.full((4, longest), -1)
-        for row, ending in enumerate(endings):
-            # The context's last token predicts the ending's first
-            x[row, :len(ending)] = torch.tensor([context[-1], *ending[:-1]])
-            y[row, :len(ending)] = torch.tensor(ending)
-        x, y = x.to(world.device), y.to(world.device)
-        cache = KVCache(len(context) - 1 + longest)
+        room = block_size + 1 - int(sizes.max())
+        context = (encode(context) or model.tokenizer.document_start)[-room:]
+        # The context's last token predicts the ending's first
+        x = pad([torch.tensor([context[-1], *ending[:-1]]) for ending in endings])
+        y = pad([torch.tensor(ending) for ending in endings], padding_value=-1)  # (4, longest)
+        cache = KVCache(len(context) + y.size(1))
         with world.autocast():
             if len(context) > 1:
-                model(torch.tensor([context[:-1]], device=world.device), cache=cache)
+                # The context is read once; its endings go on from the cache as one batch
+                model(torch.tensor([context[:-1]], device=device), cache=cache)
                 cache.store = {layer: [room.repeat(4, 1, 1, 1) for room in rooms]
                                for layer, rooms in cache.store.items()}
-            logits, _ = model(x, y, cache)  # (4, longest, V)
+            logits, _ = model(x.to(device), y.to(device), cache)  # (4, longest, V)
         nats = token_losses(logits, y).sum(dim=1)  # (4,)
         losses[number] = torch.stack((nats, nats / sizes), dim=1)
     model.train(was_training)
@@ -1760,22 +1544,19 @@ def hellaswag(model, questions, world):
 
 
 def read_questions():
-    """HellaSwag's questions, if prepare_data.py has fetched them."""
+    if not HELLASWAG.exists():
+        return []
     try:
-        rows = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
+        rows = map(json.loads, HELLASWAG.read_text(encoding="utf-8").splitlines())
         return [(row["ctx"], [" " + row["endings"][i] for i in range(4)], int(row["label"]))
                 for row in rows]
-    except FileNotFoundError:
-        return []
     except (ValueError, LookupError, TypeError, OSError) as error:
-        raise UserError(f"{HELLASWAG} is damaged ({type(error).__name__}): remove it, then: python "
-                        "prepare_data.py hellaswag") from None
+        raise UserError(f"{HELLASWAG} is damaged ({error}): prepare it again") from None
 
 
 def hellaswag_scores(model, world):
-    """{"hellaswag_acc", "hellaswag_acc_norm" (per token)}; empty where there are no questions, or
-    for another vocabulary than GPT-2's, whose scores would compare with nobody's."""
-    is_gpt2 = model.tokenizer.spec["kind"] == "gpt2"
+    """Columns of the log: the share of right choices, by total loss and by loss per token."""
+    is_gpt2 = model.tokenizer.spec["kind"] == "gpt2"  # other scores would compare with nobody's
     questions = world.from_master(read_questions) if is_gpt2 else []
     if not questions:
         return {}
@@ -1785,83 +1566,58 @@ def hellaswag_scores(model, world):
 
 
 def in_words(found):
-    """What evaluate() or hellaswag_scores() returned, in words."""
-    if "hellaswag_acc" in found:
-        return f"acc {found['hellaswag_acc']:.2%}, acc_norm {found['hellaswag_acc_norm']:.2%}"
-    loss = found["val_loss"]
-    text = f"{loss:.4f}, {found['val_bits_per_byte']:.3f} bits per byte"
+    """What was measured, of a row of the log."""
+    text = ""
+    if "val_loss" in found:
+        text = "{val_loss:.4f}, {val_bits_per_byte:.3f} bits per byte"
     if "above_floor" in found:
-        floor, skills = loss - found["above_floor"], ("wording", "choices", "recall")
-        parts = ", ".join(f"{skill} {found[f'above_floor_{skill}']:.3f}" for skill in skills)
-        text += f", {100 * (loss / floor - 1):.1f} % above the floor of {floor:.4f} ({parts})"
-    return text
+        above = 100 * found["above_floor"] / (found["val_loss"] - found["above_floor"])
+        parts = ", ".join(f"{skill} {{above_floor_{skill}:.3f}}" for skill in SKILLS)
+        text += f", {above:.1f} % above the floor ({parts})"
+    if "hellaswag_acc" in found:
+        text += " HellaSwag acc {hellaswag_acc:.2%}, acc_norm {hellaswag_acc_norm:.2%}"
+    return text.format(**found).strip()
 
 
 def report_evaluation(s, world):
-    """Instead of train(): print what --eval_only=True measures; return the exit status."""
+    """What --eval_only=True does in the place of train()."""
     data = open_data(s.data_dir)
-    model = build_model(s, data, world)
-    found = {}
+    model, found = build_model(s, data, world), {}
     if Path(s.data_dir) != HELLASWAG.parent:
-        loader = ShardedLoader(s.data_dir, "val", s.block_size, s.rows, None, data.vocab_size,
-                               data.eot)
-        found["validation loss"] = evaluate(model, loader, s, world, data)
-    found["HellaSwag"] = hellaswag_scores(model, world)
-    for name, scores in found.items():
-        if scores and world.is_master:
-            print(f"{s.init_from} on {s.data_dir}: {name} {in_words(scores)}")
+        found = evaluate(model, open_rows(s, data, "val", None), s, world, data)
+    found |= hellaswag_scores(model, world)
+    if world.is_master:
+        print(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
     return 0
 
 
-def matmul_speed(device, dtype, n=2048):
-    """FLOP/s of this machine in an n x n x n product: the median of ten."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+def matmul_speed(world, n=2048):
+    """FLOP/s of a device in an n x n x n product: the median of ten."""
+    a, b = (torch.randn(n, n, device=world.device, dtype=world.dtype) for _ in range(2))
     seconds = []
     for _ in range(12):
         began = time.perf_counter()
         a @ b
-        wait_for(device)
+        wait_for(world.device)
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / statistics.median(seconds[2:])  # the first two warm up
 
 
 def flops_per_token(model, T):
-    """FLOPs per token of training on rows of T tokens (PaLM, Chowdhery et al. 2022, appendix B).
-
-    6 per parameter, 2 forward and 4 backward, and 12 * n_layer * n_embd * T for attention.
-    Position embeddings are added, not multiplied.
-    """
+    """FLOPs per token of training on rows of T tokens (Chowdhery et al. 2022, appendix B)."""
     c = model.config
     positions = c.block_size * c.n_embd if c.pos_encoding == "learned" else 0
     return 6 * (model.num_parameters() - positions) + 12 * c.n_layer * c.n_embd * T
 
 
-# ---- The command line ----------------------------------------------------------------------------
-
-# What nanoGPT's users will type first
-OTHER_NAMES = {
-    "max_iters": "max_steps", "lr_decay_iters": "max_steps", "eval_interval": "eval_every",
-    "eval_iters": "eval_tokens", "log_interval": "log_every", "dataset": "data_dir",
-    "gradient_accumulation_steps": "grad_accum_steps", "start": "prompt"}
-# The constants above as we ship them, so that an edited one that a preset overrides is noticed
-SHIPPED = dict(
-    data_dir="data/stories", rows="documents", batch_size=16, block_size=112,
-    total_batch_size=None, max_steps=1800, warmup_steps=50, learning_rate=6e-3, min_lr=0.0,
-    beta1=0.9, beta2=0.95, dropout=0.0, n_layer=3, n_head=4, n_embd=96, pos_encoding="learned",
-    activation="gelu", init_std=0.02, eval_every=100, eval_tokens=None, sample_every=600,
-    checkpoint_every=300, log_every=20)
-
+# ---- The command line ----
 
 class UserError(Exception):
     """A mistake that the user can correct."""
 
 
 def reports_mistakes(main):
-    """Decorate a script's main(): a UserError becomes `error: ...` on stderr and exit status 2.
-
-    Ctrl-C gives one line and 130; a closed pipe, as behind `| head`, 141. The rest are bugs and
-    keep their traceback.
-    """
+    """Decorate a script's main(): a UserError becomes one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
@@ -1869,14 +1625,12 @@ def reports_mistakes(main):
                 stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             status = main(argv)
-            print(end="", flush=True)  # a closed pipe shows here, not at the interpreter's end
+            print(end="", flush=True)  # a closed pipe shows here
             return status
-        except BrokenPipeError:
+        except BrokenPipeError:  # as behind `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except UserError as error:
-            if os.environ.get("RANK", "0") != "0":
-                time.sleep(3)  # most mistakes meet all processes: the first one tells them
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
@@ -1890,82 +1644,57 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def converter(kind):
-    """A function from an option's text to a value of a setting's type."""
-    choices = (True, False) if kind is bool else typing.get_args(kind)
+def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
+    """(settings, {name: value} given): defaults, then the preset, then the command line.
 
-    def convert(text):
-        for choice in choices:
-            if str(choice).lower() == text.lower():
-                return choice
-        if type(None) in choices and text.lower() == "none":
-            return None
-        number = choices[0] if type(None) in choices else kind
-        try:
-            value = os.path.expanduser(text) if kind is str else number(text)
-            if number is float and not math.isfinite(value):
-                raise ValueError
-            return value
-        except (ValueError, TypeError):
-            wanted = {int: "a whole number", float: "a number"}.get(
-                number, f"one of {', '.join(map(str, choices))}")
-            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
-    return convert
-
-
-def make_parser(cls, doc, presets, bare):
-    """An argparse parser of a Settings class, whose comments are the help and name the groups."""
-    kinds = typing.get_type_hints(cls)
+    The comments of the class are the help. A word without dashes sets the setting `bare`."""
     rows = [f"  {name:<17}" + " ".join(f"{key}={value}" for key, value in changes.items())
             for name, changes in (presets or {}).items()]
     parser = Parser(
-        description=doc, epilog="\n".join(["presets:", *(row[:100] for row in rows)]) * bool(rows),
+        description=doc, epilog="\n".join(["presets:" * bool(rows), *(row[:100] for row in rows)]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 32, 32, 100),
         allow_abbrev=False)
-    group, pattern = parser, r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
+    kinds, pattern = typing.get_type_hints(cls), r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
+    special = {"true": True, "false": False, "none": None}
     for heading, name, comment in re.findall(pattern, inspect.getsource(cls), re.M):
         if heading:
             group = parser.add_argument_group(heading)
-        else:
-            group.add_argument(
-                f"--{name}", type=converter(kinds[name]), default=argparse.SUPPRESS,
-                metavar=str(getattr(cls, name)), help=comment.replace("%", "%%"))
+            continue
+        kind, options = kinds[name], typing.get_args(kinds[name])
+        if kind is bool or typing.get_origin(kind) is Literal:
+            how = dict(type=lambda text: special.get(text.lower(), text),
+                       choices=options or (True, False))
+        else:  # str, int, float, or one of these and None
+            kind = options[0] if options else kind
+            how = dict(type=os.path.expanduser if kind is str else functools.partial(number, kind))
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=str(getattr(cls, name)),
+                           help=comment.replace("%", "%%"), **how)
     if bare:
-        parser.add_argument(f"bare_{bare}", nargs="?", metavar=bare, help=argparse.SUPPRESS)
-    return parser
-
-
-def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
-    """(settings, {name: value} given on the command line), of a script's Settings class.
-
-    Order: defaults, preset, command line. `bare` is the setting that a word without dashes sets.
-    Raises UserError for what is no setting or not of its type; --help prints and exits.
-    """
-    kinds, words = typing.get_type_hints(cls), []
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            # A bare flag means True; argparse would take the next word as its value
-            is_flag = kinds.get(name[2:]) is bool and following.lower() not in ("true", "false")
-            word = name + (equals + value if equals else "=True" if is_flag else "")
-        words.append(word)
-    found, extra = make_parser(cls, doc, presets, bare).parse_known_args(words)
+        parser.add_argument("bare", nargs="?", metavar=bare, help=argparse.SUPPRESS)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(words):  # a bare flag means True, whatever follows
+        follows = [*words, ""][i + 1].lower()
+        if kinds.get(word[2:]) is bool and follows not in ("true", "false"):
+            words[i] = f"{word}=True"
+    found, unknown = parser.parse_known_args(words)
     given = vars(found)
-    if bare and (value := given.pop(f"bare_{bare}")) is not None:
-        given.setdefault(bare, value)
-    for word in extra:
-        name = word.partition("=")[0].lstrip("-")
-        near = [OTHER_NAMES.get(name)] if OTHER_NAMES.get(name) in kinds else \
-            difflib.get_close_matches(name, kinds, 1, 0.5)
-        raise UserError(f"{word!r} is no setting" + (
-            f"; did you mean --{near[0]}?" if near and word.startswith("-") else
-            f" (see --help); a {bare} with spaces stands in quotes" if bare else " (see --help)"))
+    if (text := given.pop("bare", None)) is not None:
+        given.setdefault(bare, text)
+    for word in unknown:
+        near = difflib.get_close_matches(word.partition("=")[0].strip("-"), kinds, 1, 0.5)
+        hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
+        raise UserError(f"{word!r} is no setting; {hint}" + "; texts stand in quotes" * bool(bare))
     preset = given.get("preset", getattr(cls, "preset", None))
     if presets and preset not in presets:
         raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
     return cls(**(presets[preset] if presets else {}) | given), given
+
+
+def number(kind, text):
+    try:
+        return None if text.lower() == "none" else kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
 
 
 def check_ranges(s, **ranges):
@@ -1978,28 +1707,24 @@ def check_ranges(s, **ranges):
 
 def check_settings(s):
     """Raise UserError for a value out of range; fill in total_batch_size."""
-    size, amount, share = (1, 2**53), (0, 1e9), (0, 0.9999999)
-    check_ranges(
-        s, batch_size=(1, 2**20), block_size=(1, 2**24), total_batch_size=size, seed=(0, 2**63 - 1),
-        grad_accum_steps=size, max_steps=size, warmup_steps=(0, 2**53), eval_every=size,
-        eval_tokens=size, sample_every=size, checkpoint_every=size, log_every=size,
-        learning_rate=amount, min_lr=(0, s.learning_rate), weight_decay=amount, grad_clip=amount,
-        max_minutes=(1e-9, 1e9), init_std=(1e-9, 1e9), beta1=share, beta2=share, dropout=share)
-    per_step = s.batch_size * s.block_size
-    if s.grad_accum_steps:
-        s.total_batch_size = per_step * s.grad_accum_steps
-    s.total_batch_size = s.total_batch_size or per_step
+    for name, kind in typing.get_type_hints(Settings).items():
+        if kind in (float, float | None):
+            check_ranges(s, **{name: (0, 1e9)})
+        elif kind in (int, int | None):
+            check_ranges(s, **{name: (name not in ("seed", "warmup_steps"), 2**53)})
+    share = (0, 0.9999999)
+    check_ranges(s, batch_size=(1, 2**20), block_size=(1, 2**24), min_lr=(0, s.learning_rate),
+                 init_std=(1e-9, 1e9), beta1=share, beta2=share, dropout=share)
+    if s.grad_accum_steps or not s.total_batch_size:
+        s.total_batch_size = s.batch_size * s.block_size * (s.grad_accum_steps or 1)
     check_ranges(s, total_batch_size=(1, 2**27))
 
 
 def prepare_stories(s):
-    """The default preset makes its own data."""
     if s.data_dir == Settings.data_dir and not (Path(s.data_dir) / "meta.json").exists():
         script = Path(__file__).with_name("prepare_data.py")
-        print(f"no data in {s.data_dir} yet: running python {script.name}", flush=True)
-        command = [sys.executable, str(script), "stories", f"--out_dir={s.data_dir}"]
-        if subprocess.run(command).returncode:
-            raise UserError("prepare_data.py could not write the stories; its message is above")
+        if subprocess.run([sys.executable, script]).returncode:
+            raise UserError("prepare_data.py failed; its message is above")
 
 
 @reports_mistakes
@@ -2011,28 +1736,18 @@ def main(argv=None):
     world = World(s)
     try:
         if world.is_master:
-            changes = PRESETS[s.preset] | given
-            print(f"preset {s.preset}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
-            edited = [name for name in PRESETS[s.preset].keys() - given.keys()
-                      if getattr(Settings, name) != SHIPPED[name]]
-            if edited:
-                print(f"note: preset {s.preset} overrides the edited {', '.join(sorted(edited))}")
+            changes = " ".join(f"{k}={v}" for k, v in (PRESETS[s.preset] | given).items())
+            print(f"preset {s.preset} sets, over the constants at the top: {changes}")
         world.from_master(lambda: prepare_stories(s))
         return report_evaluation(s, world) if s.eval_only else train(s, world)
     except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            steps = max(1, s.total_batch_size // (s.batch_size * s.block_size))
-            raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) "
-                            f"and double --grad_accum_steps ({steps}); without --overwrite, the "
-                            "run goes on from its last checkpoint") from None
-        if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
-            print(f"error: process {world.rank} ends because another one was killed or failed: see "
-                  "above; the same command, without --overwrite, resumes the run", file=sys.stderr,
-                  flush=True)
-            raise SystemExit(1) from None
-        raise
+        if not is_out_of_memory(error):
+            raise
+        steps = max(1, s.total_batch_size // (s.batch_size * s.block_size))
+        raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) and "
+                        f"double --grad_accum_steps ({steps})") from None
     finally:
-        world.close()
+        world.at_end.close()
 
 
 if __name__ == "__main__":
