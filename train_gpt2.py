@@ -7,8 +7,7 @@
 
 Part 1 is the lesson; Part 2, the machinery, can be skipped on a first reading. Papers that the
 comments cite: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"),
-GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 2017, "Attention Is
-All You Need").
+GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 2017).
 """
 import argparse
 import ast
@@ -54,13 +53,13 @@ from tqdm import tqdm
 
 @dataclass
 class Settings:
-    # the run (edit these values, or give options: --max_steps=200)
+    # the run (edit values here, or give options: --max_steps=200)
     preset: str = "stories"  # a row of PRESETS, which changes some settings
     data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
-    out_dir: str = ""  # folder of the run; empty: out/<preset>
-    init_from: str = ""  # start from these weights and their shape: a checkpoint, or gpt2
+    out_dir: str = ""  # of the run; empty: out/<preset>
+    init_from: str = ""  # weights to start from: a checkpoint, or gpt2
     overwrite: bool = False  # start over in out_dir, whatever it holds
-    seed: int = 1  # fixes the initial weights, the order of the data and dropout
+    seed: int = 1  # of initial weights, data order and dropout
     # the machine
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
@@ -81,8 +80,8 @@ class Settings:
     min_lr: float = 0.0  # learning rate at the end of the cosine
     weight_decay: float = 0.1  # GPT-3 paper, appendix B
     beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # AdamW's decay of the mean squared gradient (GPT-3 paper, appendix B)
-    grad_clip: float = 1.0  # clip the global gradient norm (GPT-3 paper, appendix B); 0 disables
+    beta2: float = 0.95  # and of the mean squared gradient (GPT-3 paper, appendix B)
+    grad_clip: float = 1.0  # clip the global gradient norm; 0 disables
     dropout: float = 0.0  # share of activations zeroed, against overfitting (memorizing)
     # the model
     n_layer: int = 3  # blocks
@@ -90,12 +89,12 @@ class Settings:
     n_embd: int = 96  # width: numbers that describe one token
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
     activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
-    init_std: float = 0.02  # standard deviation of the initial weights (GPT paper, section 4.1)
+    init_std: float = 0.02  # spread of the initial weights (GPT paper, section 4.1)
     # what is measured, and how often (in steps)
-    eval_only: bool = False  # measure init_from, or else out_dir's best.pt, and do not train
+    eval_only: bool = False  # measure init_from, or out_dir's best.pt; no training
     eval_every: int = 100  # validation loss, picture and report
     eval_tokens: int | None = None  # validation tokens per evaluation; None: all of them
-    sample_every: int = 600  # a sample text, and HellaSwag where its questions are prepared
+    sample_every: int = 600  # a text; HellaSwag, if its questions are prepared
     checkpoint_every: int = 300  # steps that a kill can cost at most
     log_every: int = 20  # a line on the screen and a row in log.csv
 
@@ -326,7 +325,6 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def num_parameters(self):
-        """How many numbers are learned; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
@@ -402,11 +400,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 class ShardedLoader:
     """Rows of tokens from a folder of shards, which stay on disk as memory maps. Row number g is
-    a pure function of (seed, g, the shards, block_size): `batch(rows)` keeps no state, so a run
-    can resume anywhere, on any number of processes. An epoch is one pass over all rows, each in
-    an order of its own (RowIndex, Part 2). rows="stream" cuts the tokens every block_size,
-    elsewhere in each epoch; rows="documents" gives each document a row. seed=None keeps the
-    order of the text. Raises UserError for a folder without shards or with too few tokens."""
+    a pure function of (seed, g, the shards, block_size), so a run can resume anywhere, on any
+    number of processes. An epoch, one pass over all rows, has an order of its own (RowIndex, Part
+    2). rows="stream" cuts the tokens every block_size, "documents" gives each document a row.
+    seed=None keeps the order of the text. Raises UserError for a folder without enough tokens."""
 
     def __init__(self, data_dir, split, block_size, rows="stream", seed=None,
                  vocab_size=50257, eot=50256):
@@ -441,10 +438,9 @@ class ShardedLoader:
 
 
 def make_optimizer(model, s, device):
-    """AdamW (Loshchilov & Hutter 2019). Adam divides the mean of a weight's gradients by the
-    root of their mean square, so each weight moves by about the learning rate, whatever the size
-    of its gradients. W is for weight decay: matrices shrink by learning_rate * weight_decay per
-    step, which keeps them from growing without need. Biases and norms set scales: no decay."""
+    """AdamW (Loshchilov & Hutter 2019). Adam divides the mean of a weight's gradients by the root
+    of their mean square, so each weight moves by about the learning rate. W is for weight decay:
+    matrices shrink by learning_rate * weight_decay per step; biases and norms do not."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
@@ -455,8 +451,7 @@ def make_optimizer(model, s, device):
 
 def get_lr(step, s):
     """Learning rate of a step. Warm-up: Adam's first means come from few gradients, and full
-    steps along them would wreck the fresh weights. Cosine decay (GPT paper, section 4.1): large
-    steps to get close, small ones to settle."""
+    steps along them would wreck the weights. Then a cosine decay (GPT paper, section 4.1)."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
     progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)
@@ -482,7 +477,7 @@ def train(s, world):
     # number, and divides before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # The two share their weights: raw_model is evaluated and saved, model takes the steps
+    # They share their weights: raw_model is evaluated and saved, model takes the steps
     model = compiled_and_parallel(raw_model.train(), s, world)
     announce(run, plan, loader)
 
@@ -509,7 +504,7 @@ def train(s, world):
                 # Dropout depends on the place in the run alone: a resumed run repeats it
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
                 more = micro_step < len(micro_batches) - 1
-                with world.accumulating(model, more):  # average over processes once
+                with world.accumulating(model, more):
                     # Mixed precision: fast products in world.dtype, weights in float32, where
                     # small updates are not rounded away
                     with world.autocast():
@@ -520,7 +515,7 @@ def train(s, world):
                     scaler.scale(loss * world.size).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
-            # A rare batch has a huge gradient: clipping bounds its length, not its direction
+            # Clipping bounds the rare huge gradient, and keeps its direction
             grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
@@ -538,7 +533,6 @@ LOG_COLUMNS = """step tokens train_loss val_loss val_bits_per_byte lr grad_norm 
     seconds above_floor above_floor_wording above_floor_choices above_floor_recall hellaswag_acc
     hellaswag_acc_norm""".split()
 SKILLS = ("wording", "choices", "recall")  # what it takes to predict a token of the stories
-RUN_FILES = {"ckpt.pt", "best.pt", "log.csv", "samples.md", "loss.svg", "report.md", ".lock"}
 # Settings that do not shape the weights: a run may resume with other values
 FREE_SETTINGS = """preset out_dir overwrite device batch_size grad_accum_steps max_minutes
     compile_model deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
@@ -585,7 +579,7 @@ class Run:
             self.say(f"step {step:,}: val {in_words(found)}")
             for name, value in self.data.meta.get("landmarks", {}).items():
                 if loss < value <= self.best:
-                    self.say(f"step {step:,}: below the {name} baseline ({value:.4f})")
+                    self.say(f"that is below the {name} baseline, {value:.4f}")
             if loss < self.best:
                 self.best = loss
                 self.write("best.pt", step)
@@ -730,11 +724,12 @@ def choose_folder(s, world):
         folder = base if number == 1 else base.parent / f"{base.name or 'run'}-{number}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
-            lock = lock_folder(folder)
+            names = {path.name for path in folder.iterdir()}
+            is_free = s.overwrite or not names or ".lock" in names  # and not somebody's own
+            lock = lock_folder(folder) if is_free else None
         # Killed before its first checkpoint, a run has best.pt, which tells whose it is
         saved = [name for name in ("ckpt.pt", "best.pt") if name in names and not s.overwrite]
-        why = "other files" if names - RUN_FILES and not s.overwrite else ""
+        why = "" if is_free else "other files"
         if saved:
             found = load_checkpoint(folder / saved[0], start_over(folder))
             why = difference(found, s)
@@ -807,10 +802,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self):
-        before = {}
-        with suppress(ValueError):  # raised where this is not the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, self.handle)
+        before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -891,7 +883,7 @@ def draw(panels):
 
 
 def plan_batch(s, world):
-    """(rows in a step over all processes, rows that one process handles at once)."""
+    """(rows in a step, of all processes; rows that one process handles at once)."""
     rows, rest = divmod(s.total_batch_size, s.block_size)
     if rest or not rows or rows % world.size or (rows > s.batch_size and rows % s.batch_size):
         raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of "
@@ -1121,8 +1113,7 @@ def open_data(data_dir):
     if not os.path.isdir(data_dir):
         raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
     if not os.path.exists(path):
-        if Path(data_dir) != HELLASWAG.parent:  # which --eval_only takes as well
-            shard_paths(data_dir)
+        shard_paths(data_dir)
         return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -1210,10 +1201,9 @@ def load_checkpoint(path, hint=""):
     Only plain data is unpickled, and shapes are checked before memory of their size is taken."""
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
-    elif os.path.isdir(path):
-        hint = f"name the best.pt of a run, or convert a model: python prepare_data.py {path}"
     if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}: {hint or 'train one first'}")
+        hint = hint or f"name a run's best.pt, or try: python prepare_data.py {path}"
+        raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1300,12 +1290,11 @@ class World:
             torch.set_num_threads(max(1, earlier["threads"] // self.size))
 
     def autocast(self):
-        """Inside, matrix products are in self.dtype; norms, softmax and losses in float32."""
         single = self.dtype == torch.float32
         return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
     def accumulating(self, model, more_to_come):
-        """DDP averages gradients over the processes; it waits for the last micro-batch."""
+        # DDP averages gradients over processes after the last micro-batch
         return model.no_sync() if self.size > 1 and more_to_come else nullcontext()
 
     def reduce(self, tensor, largest=False):
@@ -1345,13 +1334,13 @@ def pick_device(name, local_rank=0):
 
 def pick_dtype(name, device):
     """bfloat16 where the hardware computes it, float16 on older CUDA cards, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
+    if name == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32
+        name = "bfloat16" if native else "float16"
+    elif name == "auto":
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        name = "bfloat16" if device.type == "cpu" and native else "float32"
+    return getattr(torch, name)
 
 
 def wait_for(device):
@@ -1390,7 +1379,6 @@ def is_out_of_memory(error):
 
 
 def mix(*numbers):
-    """One seed from several whole numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -1426,7 +1414,6 @@ def adopt_shape(s, given):
 
 
 def check_shape(c):
-    """Raise UserError for a config that cannot be built."""
     sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd]
     odd = c.pos_encoding == "sinusoidal" and c.n_embd % 2
     if not all(type(size) is int and 0 < size <= 2**24 for size in sizes) or c.n_layer > 1024 \
@@ -1544,12 +1531,12 @@ def hellaswag(model, questions, world):
 
 
 def read_questions():
-    if not HELLASWAG.exists():
-        return []
     try:
         rows = map(json.loads, HELLASWAG.read_text(encoding="utf-8").splitlines())
         return [(row["ctx"], [" " + row["endings"][i] for i in range(4)], int(row["label"]))
                 for row in rows]
+    except FileNotFoundError:
+        return []
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise UserError(f"{HELLASWAG} is damaged ({error}): prepare it again") from None
 
@@ -1566,7 +1553,6 @@ def hellaswag_scores(model, world):
 
 
 def in_words(found):
-    """What was measured, of a row of the log."""
     text = ""
     if "val_loss" in found:
         text = "{val_loss:.4f}, {val_bits_per_byte:.3f} bits per byte"
@@ -1580,11 +1566,9 @@ def in_words(found):
 
 
 def report_evaluation(s, world):
-    """What --eval_only=True does in the place of train()."""
     data = open_data(s.data_dir)
-    model, found = build_model(s, data, world), {}
-    if Path(s.data_dir) != HELLASWAG.parent:
-        found = evaluate(model, open_rows(s, data, "val", None), s, world, data)
+    model = build_model(s, data, world)
+    found = evaluate(model, open_rows(s, data, "val", None), s, world, data)
     found |= hellaswag_scores(model, world)
     if world.is_master:
         print(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
@@ -1621,7 +1605,7 @@ def reports_mistakes(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # Windows would write an old code page
+            if hasattr(stream, "reconfigure"):  # on Windows
                 stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             status = main(argv)
@@ -1648,12 +1632,12 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     """(settings, {name: value} given): defaults, then the preset, then the command line.
 
     The comments of the class are the help. A word without dashes sets the setting `bare`."""
-    rows = [f"  {name:<17}" + " ".join(f"{key}={value}" for key, value in changes.items())
-            for name, changes in (presets or {}).items()]
+    table = ["presets:"] * bool(presets)
+    for name, changes in (presets or {}).items():
+        table.append(f"  {name:<17}{' '.join(f'{k}={v}' for k, v in changes.items())}"[:100])
     parser = Parser(
-        description=doc, epilog="\n".join(["presets:" * bool(rows), *(row[:100] for row in rows)]),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 32, 32, 100),
-        allow_abbrev=False)
+        description=doc, epilog="\n".join(table), allow_abbrev=False, formatter_class=
+        functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100))
     kinds, pattern = typing.get_type_hints(cls), r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
     special = {"true": True, "false": False, "none": None}
     for heading, name, comment in re.findall(pattern, inspect.getsource(cls), re.M):
@@ -1683,7 +1667,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     for word in unknown:
         near = difflib.get_close_matches(word.partition("=")[0].strip("-"), kinds, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
-        raise UserError(f"{word!r} is no setting; {hint}" + "; texts stand in quotes" * bool(bare))
+        raise UserError(f"{word!r} is no setting; {hint}")
     preset = given.get("preset", getattr(cls, "preset", None))
     if presets and preset not in presets:
         raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
@@ -1698,7 +1682,6 @@ def number(kind, text):
 
 
 def check_ranges(s, **ranges):
-    """Raise UserError for a setting outside its (least, most)."""
     for name, (least, most) in ranges.items():
         value = getattr(s, name)
         if value is not None and not least <= value <= most:
