@@ -575,13 +575,9 @@ class Run:
     def evaluate(self, step, loader):
         with self.clock_stopped():
             found = evaluate(self.model, loader, self.s, self.world, self.data)
-            loss = found["val_loss"]
             self.say(f"step {step:,}: val {in_words(found)}")
-            for name, value in self.data.meta.get("landmarks", {}).items():
-                if loss < value <= self.best:
-                    self.say(f"that is below the {name} baseline, {value:.4f}")
-            if loss < self.best:
-                self.best = loss
+            if found["val_loss"] < self.best:
+                self.best = found["val_loss"]
                 self.write("best.pt", step)
             self.note(step, found)
 
@@ -846,37 +842,36 @@ def write_report(run, rows):
     if "floor" in lines:
         skills = curves(**{skill: f"above_floor_{skill}" for skill in SKILLS})
         panels.append(("nats per token above the floor, for lack of", skills, {}))
-    write_text(run.folder / "loss.svg", draw(panels))
+    body = "\n".join(draw(30 + 310 * i, *panel) for i, panel in enumerate(panels))
+    write_text(run.folder / "loss.svg", '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" '
+               f'font-family="sans-serif" font-size="13" viewBox="0 0 720 620">{body}</svg>\n')
     table = "".join(f"| {row['step']:,.0f} | {in_words(row)} |\n" for row in rows if in_words(row))
     write_text(run.folder / "report.md", f"# {run.s.preset}\n\n![loss](loss.svg)\n\n```\n{run.plan}"
                f"\n```\n\n| step | measured |\n| --- | --- |\n{table}\n"
                + "".join(read_samples(run.folder)))
 
 
-def draw(panels):
-    """An SVG of panels, each (title, {curve: [(tokens, value)]}, {line: value}); log values."""
-    body = []
-    for top, (title, curves, lines) in zip((30, 340), panels, strict=False):
-        points = [point for curve in curves.values() for point in curve]
-        span = max(t for t, _ in points) or 1
-        logs = [math.log(max(v, 1e-3)) for v in (*(v for _, v in points), *lines.values())]
-        low, high = min(logs), max(logs) + 0.1
+def draw(top, title, curves, lines):
+    """A panel of an SVG, values in the logarithm: {curve: [(tokens, value)]}, {line: value}."""
+    points = [point for curve in curves.values() for point in curve]
+    span = max(t for t, _ in points) or 1
+    logs = [math.log(max(v, 1e-3)) for v in (*(v for _, v in points), *lines.values())]
+    low, high = min(logs), max(logs) + 0.1
 
-        def place(t, v, top=top, span=span, low=low, high=high):
-            y = top + 250 * (high - math.log(max(v, 1e-3))) / (high - low)
-            return f"{10 + 560 * t / span:.0f}", f"{y:.1f}"
+    def place(t, v):
+        y = top + 250 * (high - math.log(max(v, 1e-3))) / (high - low)
+        return f"{10 + 560 * t / span:.0f}", f"{y:.1f}"
 
-        body.append(f'<text x="10" y="{top - 12}">{title}, over {span:,.0f} tokens</text>')
-        flat = {name: [(0, value), (span, value)] for name, value in lines.items()}
-        colours = ["#e8710a", "#2f80ed", "#16a07a"][:len(curves)] + ["#888"] * len(lines)
-        for colour, (name, curve) in zip(colours, (curves | flat).items(), strict=True):
-            some = curve[::len(curve) // 600 + 1] + curve[-1:]
-            path = " ".join(",".join(place(t, v)) for t, v in some)
-            x, y = place(*curve[-1])
-            body.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-            body.append(f'<text x="{x}" y="{y}" fill="{colour}">{name} {curve[-1][1]:.4f}</text>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13" '
-            f'fill="#888" viewBox="0 0 720 {310 * len(panels)}">' + "\n".join(body) + "</svg>\n")
+    body = [f'<text x="10" y="{top - 12}">{title}, over {span:,.0f} tokens</text>']
+    flat = {name: [(0, value), (span, value)] for name, value in lines.items()}
+    colours = ["#e8710a", "#2f80ed", "#16a07a"][:len(curves)] + ["#888"] * len(lines)
+    for colour, (name, curve) in zip(colours, (curves | flat).items(), strict=True):
+        some = curve[::len(curve) // 600 + 1] + curve[-1:]
+        path = " ".join(",".join(place(t, v)) for t, v in some)
+        x, y = place(*curve[-1])
+        body.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
+        body.append(f'<text x="{x}" y="{y}" fill="{colour}">{name} {curve[-1][1]:.4f}</text>')
+    return "\n".join(body)
 
 
 # ---- The batches of a step, the rows of an epoch ----
@@ -887,7 +882,7 @@ def plan_batch(s, world):
     rows, rest = divmod(s.total_batch_size, s.block_size)
     if rest or not rows or rows % world.size or (rows > s.batch_size and rows % s.batch_size):
         raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of "
-                        f"block_size * processes ({s.block_size * world.size:,}) and, beyond it, "
+                        f"block_size * processes ({s.block_size * world.size:,}) and, if larger, "
                         f"of batch_size * block_size ({s.batch_size * s.block_size:,})")
     share = rows // world.size
     return rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0)
@@ -1050,7 +1045,7 @@ class Tokenizer:
 def encode_prompt(model, text):
     """The ids to start from. An empty prompt begins a document, or all do, as training rows did."""
     if model.tokenizer is None:
-        raise UserError("this model has no tokenizer: give token ids instead of text")
+        raise UserError("this model has no tokenizer: give it token ids")
     ids = model.tokenizer.encode(text)
     return ids if ids and not model.starts_documents else model.tokenizer.document_start + ids
 
@@ -1079,8 +1074,7 @@ def shard_paths(data_dir):
             paths[words[-1]].append(path)
     for split, found in paths.items():
         if not found:
-            raise UserError(f"there are no {split} shards (*_{split}_*.bin) in {data_dir}; "
-                            f"{how_to_prepare(data_dir)}")
+            raise UserError(f"no {split} shards in {data_dir}; {how_to_prepare(data_dir)}")
     return paths
 
 
@@ -1287,6 +1281,7 @@ class World:
         self.dtype = pick_dtype(earlier.get("dtype", s.dtype), self.device)
         s.dtype = str(self.dtype).removeprefix("torch.")
         if "threads" in earlier:  # of all processes together
+            self.at_end.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(max(1, earlier["threads"] // self.size))
 
     def autocast(self):
@@ -1392,8 +1387,7 @@ def build_model(s, data, world):
         model = load_model(s.init_from, dropout=s.dropout, attention=s.attention)
         own, V = model.tokenizer or tokenizer, model.config.vocab_size
         if own.spec != tokenizer.spec or V != tokenizer.vocab_size:
-            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers: prepare "
-                            "the data with that of the model")
+            raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
     else:
         names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
         shape = {name: getattr(s, name) for name in names}
@@ -1596,6 +1590,9 @@ def flops_per_token(model, T):
 
 # ---- The command line ----
 
+NANOGPT = {"max_iters": "max_steps", "eval_interval": "eval_every"}  # its users' habits
+
+
 class UserError(Exception):
     """A mistake that the user can correct."""
 
@@ -1634,10 +1631,13 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     The comments of the class are the help. A word without dashes sets the setting `bare`."""
     table = ["presets:"] * bool(presets)
     for name, changes in (presets or {}).items():
-        table.append(f"  {name:<17}{' '.join(f'{k}={v}' for k, v in changes.items())}"[:100])
+        s = cls(**changes)
+        table.append(f"  {name:<17}{s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide, context "
+                     f"{s.block_size}, {s.max_steps:,} steps, {s.data_dir}")
     parser = Parser(
-        description=doc, epilog="\n".join(table), allow_abbrev=False, formatter_class=
-        functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100))
+        usage="%(prog)s [--name=value ...]", description=doc, epilog="\n".join(table),
+        allow_abbrev=False, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100))
     kinds, pattern = typing.get_type_hints(cls), r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
     special = {"true": True, "false": False, "none": None}
     for heading, name, comment in re.findall(pattern, inspect.getsource(cls), re.M):
@@ -1665,7 +1665,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     if (text := given.pop("bare", None)) is not None:
         given.setdefault(bare, text)
     for word in unknown:
-        near = difflib.get_close_matches(word.partition("=")[0].strip("-"), kinds, 1, 0.5)
+        name = word.partition("=")[0].strip("-")
+        near = difflib.get_close_matches(NANOGPT.get(name, name), kinds, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
         raise UserError(f"{word!r} is no setting; {hint}")
     preset = given.get("preset", getattr(cls, "preset", None))
