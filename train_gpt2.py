@@ -1217,7 +1217,7 @@ def load_checkpoint(path, hint=""):
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
-        raise UserError(f"{path} is no checkpoint, or damaged ({reason}); {hint}") from None
+        raise UserError(f"{path} is no whole checkpoint ({reason}) {hint}".strip()) from None
 
 
 def load_model(path, device="cpu", **changes):
@@ -1639,7 +1639,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
         allow_abbrev=False, formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100))
     kinds, pattern = typing.get_type_hints(cls), r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
-    special = {"true": True, "false": False, "none": None}
+    special, group = {"true": True, "false": False, "none": None}, parser
     for heading, name, comment in re.findall(pattern, inspect.getsource(cls), re.M):
         if heading:
             group = parser.add_argument_group(heading)
