@@ -699,11 +699,10 @@ def announce(run, plan, loader):
 
 def difference(checkpoint, s):
     """Why a checkpoint is not of an unfinished run of these settings; empty if it is."""
-    theirs = asdict(Settings()) | {"code": model_code()} | checkpoint["settings"] | {
-        "code": checkpoint.get("code", model_code())}
-    ours = asdict(s) | {"code": model_code()}
-    for name, value in ours.items():
-        same = theirs[name] == value or (name, value) == ("dtype", "auto")
+    theirs = asdict(Settings()) | checkpoint["settings"]
+    theirs["code"] = checkpoint.get("code", model_code())
+    for name, value in (asdict(s) | {"code": model_code()}).items():
+        same = repr(theirs[name]) == repr(value) or (name, value) == ("dtype", "auto")
         if not same and name not in FREE_SETTINGS:
             return f"a run with {name}={theirs[name]}"
     return "a finished run" if checkpoint["step"] == s.max_steps else ""
