@@ -114,7 +114,7 @@ PRESETS = {
     "shakespeare_char": _CHARS | _OFTEN | dict(  # one GPU; 80 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=5000,
         warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),
-    "shakespeare_cpu": _CHARS | dict(  # the fastest to 1.88 of some 70 that were tried on a CPU
+    "shakespeare_cpu": _CHARS | dict(  # of some 70 tried on a CPU the fastest to 1.88
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, max_steps=620,
         beta1=0.75, beta2=0.98, eval_every=310, sample_every=310, checkpoint_every=310),
     "tinystories_char": dict(
@@ -664,7 +664,7 @@ class Run:
         self.save(step)
         again = "the same command" + " without --overwrite" * self.s.overwrite
         self.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
-        return 0 if number == TIME_IS_UP else 128 + number  # what a shell reports of a signal
+        return 0 if number == TIME_IS_UP else 128 + number  # as shells report it
 
     def finished(self):
         minutes = (time.perf_counter() - self.began) / 60
@@ -698,7 +698,7 @@ def announce(run, plan, loader):
 
 
 def difference(checkpoint, s):
-    """Why a checkpoint is not of an unfinished run of these settings; empty if it is."""
+    """Why a checkpoint is not of an unfinished run of these settings."""
     theirs = asdict(Settings()) | checkpoint["settings"]
     theirs["code"] = checkpoint.get("code", model_code())
     for name, value in (asdict(s) | {"code": model_code()}).items():
@@ -720,7 +720,7 @@ def choose_folder(s, world):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             names = {path.name for path in folder.iterdir()}
-            is_free = s.overwrite or not names or ".lock" in names  # and not somebody's own
+            is_free = s.overwrite or not names or names & {".lock", "ckpt.pt", "best.pt"}
             lock = lock_folder(folder) if is_free else None
         # Killed before its first checkpoint, a run has best.pt, which tells whose it is
         saved = [name for name in ("ckpt.pt", "best.pt") if name in names and not s.overwrite]
@@ -1343,7 +1343,7 @@ def wait_for(device):
 
 
 def compiled_and_parallel(model, s, world):
-    """The model in the wrapping that takes the training steps."""
+    """The model that takes the training steps."""
     on_cuda = world.device.type == "cuda"
     if s.compile_model is True or (s.compile_model == "auto" and on_cuda):
         try:  # a missing compiler shows only when it is used
@@ -1411,7 +1411,7 @@ def check_shape(c):
             or c.n_embd % c.n_head or odd or not 0 <= c.dropout < 1 \
             or c.n_embd * (c.block_size + c.vocab_size + 12 * c.n_layer * c.n_embd) > 2.5e11:
         raise UserError(f"no model has this shape: {c}. n_embd must be a multiple of n_head (and "
-                        "even for sinusoidal positions), n_layer at most 1,024, all below 1,000 GB")
+                        "even with sinusoids), n_layer at most 1,024, all below 1,000 GB")
 
 
 def sinusoids(block_size, n_embd, std):
