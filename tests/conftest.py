@@ -1,4 +1,5 @@
 """What several test files share: where the scripts are, small data, small runs."""
+import csv
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models like it, and so do busy machines
 
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
@@ -26,7 +28,7 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_file():
-    """A function from the name of a real text to its path; skips where the texts are not at hand."""
+    """A function from the name of a real text to its path; skips where the texts are missing."""
     def find(name):
         folder = os.environ.get("SHARED_DATA")
         if not folder or not (Path(folder) / name).exists():
@@ -39,20 +41,27 @@ def shared_file():
 def gpt2_vocabulary():
     """Skips where GPT-2's vocabulary is not cached, so that no test waits for a network."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would have to be downloaded")
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would be downloaded")
     return train_gpt2.Tokenizer({"kind": "gpt2"})
 
 
 @pytest.fixture
-def small_run(stories, tmp_path):
-    """Options of a run of some seconds, with everything in it that resuming has to get right."""
-    return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2", "--n_embd=32",
-            "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2", "--max_steps=30", "--warmup_steps=5",
-            "--eval_every=10", "--eval_tokens=2000", "--sample_every=20", "--checkpoint_every=10", "--log_every=1"]
+def small_run(stories, tmp_path, monkeypatch):
+    """Options of a run of a few seconds with everything that a resume has to get right."""
+    monkeypatch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # saves half a second
+    return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2",
+            "--n_embd=32", "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2",
+            "--max_steps=30", "--warmup_steps=5", "--eval_every=10", "--eval_tokens=2000",
+            "--sample_every=20", "--checkpoint_every=10", "--log_every=1"]
+
+
+def log_of(folder):
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def fails(main, argv, capsys):
-    """Runs main(argv), which has to end in exit status 2; returns its one line."""
+    """Run main(argv), which has to end in exit status 2; return its one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(argv)
