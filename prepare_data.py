@@ -44,6 +44,7 @@ import numpy as np
 import regex
 import torch
 from tqdm import tqdm
+
 from train_gpt2 import (
     END_OF_TEXT,
     GPT,

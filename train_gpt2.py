@@ -11,7 +11,6 @@ GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 
 """
 import argparse
 import ast
-import base64
 import copy
 import csv
 import ctypes
@@ -576,6 +575,9 @@ class Run:
         with self.clock_stopped():
             found = evaluate(self.model, loader, self.s, self.world, self.data)
             self.say(f"step {step:,}: val {in_words(found)}")
+            for name, value in self.data.meta.get("landmarks", {}).items():
+                if found["val_loss"] < value <= self.best:
+                    self.say(f"that is below the {name} baseline, {value:.4f}")
             if found["val_loss"] < self.best:
                 self.best = found["val_loss"]
                 self.write("best.pt", step)
@@ -976,8 +978,8 @@ class Tokenizer:
 
     {"kind": "gpt2"}, OpenAI's 50,257 tokens; {"kind": "bpe", "ranks": [...]}, a byte-level BPE,
     its tokens in order, a character per byte; {"kind": "char", "alphabet": "..."}, the characters
-    of one corpus; {"kind": "sentencepiece", "model": "..."}, in base64. `eot` is the id of
-    <|endoftext|>, None for char. Raises UserError for another spec or a missing vocabulary."""
+    of one corpus. `eot` is the id of <|endoftext|>, None for char. Raises UserError for another
+    spec or a missing vocabulary."""
 
     def __init__(self, spec):
         self.spec, self.eot, kind = spec, None, None
@@ -986,13 +988,6 @@ class Tokenizer:
             if kind == "char":
                 self.ids = {character: i for i, character in enumerate(spec["alphabet"])}
                 self.tokens = [character.encode("utf-8") for character in spec["alphabet"]]
-            elif kind == "sentencepiece":
-                import sentencepiece
-                self.pieces = sentencepiece.SentencePieceProcessor(
-                    model_proto=base64.b64decode(spec["model"]))
-                names = map(self.pieces.id_to_piece, range(len(self.pieces)))
-                self.tokens = [bytes.fromhex(name[3:5]) if re.fullmatch("<0x..>", name) else
-                               name.replace("\u2581", " ").encode("utf-8") for name in names]
             elif kind == "gpt2":
                 self.encoding = tiktoken.get_encoding("gpt2")
                 self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
@@ -1001,9 +996,9 @@ class Tokenizer:
                 self.encoding = tiktoken.Encoding(
                     "bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: len(self.tokens)},
                     mergeable_ranks={token: i for i, token in enumerate(self.tokens)})
-            n, single = len(set(self.tokens)), sum(len(token) == 1 for token in self.tokens)
-            if kind != "sentencepiece" and not 0 < n == len(self.tokens) or \
-                    kind == "bpe" and single < 256:
+            bytes_of = {token for token in self.tokens if len(token) == 1}
+            if not 0 < len(set(self.tokens)) == len(self.tokens) or \
+                    kind == "bpe" and len(bytes_of) < 256:
                 raise ValueError("tokens must be distinct and write all bytes")
         except Exception as error:  # no vocabulary, no library, or a damaged spec
             hint = "; offline, set TIKTOKEN_CACHE_DIR or use --tokenizer=bpe" * (kind == "gpt2")
@@ -1020,8 +1015,6 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
-        if self.spec["kind"] == "sentencepiece":
-            return self.pieces.encode(text)
         if self.eot is not None:
             return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
         if unknown := set(text) - self.ids.keys():
@@ -1208,6 +1201,8 @@ def load_checkpoint(path, hint=""):
         V, spec = model.config.vocab_size, found["tokenizer"]
         if ours != theirs or (spec and Tokenizer(spec).vocab_size != V):
             raise ValueError("weights, config and tokenizer do not fit")
+        if not all(tensor.isfinite().all() for tensor in found["model"].values()):
+            raise ValueError("weights are not finite")
         found["settings"].keys()
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
             raise ValueError("its step or loss is damaged")

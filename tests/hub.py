@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback address: as much of it as `datasets` and `huggingface_hub` ask for."""
+"""A hub on the loopback address: what `datasets` and `huggingface_hub` ask of Hugging Face's."""
 import contextlib
 import hashlib
 import http.server
@@ -15,100 +15,93 @@ COMMIT = "c" * 40
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):
-        self.answer()
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_POST(self):
-        self.answer()
-
     def log_message(self, *_):
         pass
 
-    def answer(self):
+    def do_GET(self):
         hub = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlparse(self.path)
         path = unquote(url.path)
-        hub.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+        hub.requests.append(f"{self.command} {path}")
         name = r"([^/]+/[^/]+?|[^/]+?)"
-        match = re.fullmatch(rf"/api/(models|datasets)/{name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
+        match = re.fullmatch(rf"/api/(models|datasets)/{name}"
+                             r"(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
         if match and match[2] in hub.repositories[match[1]]:
-            return self.about(hub.repositories[match[1]][match[2]], match, body, "recursive=true" in url.query.lower())
+            files = hub.repositories[match[1]][match[2]]
+            return self.about(files, match, body, "recursive=true" in url.query.lower())
         match = re.fullmatch(rf"/(datasets/)?{name}/resolve/([^/]+)/(.+)", path)
         kind = "datasets" if match and match[1] else "models"
         if match and match[2] in hub.repositories[kind]:
             return self.file(hub.repositories[kind][match[2]], match[4])
         self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
 
-    def send(self, status, data, headers=()):
+    do_HEAD = do_POST = do_GET
+
+    def send(self, status, data, headers=(), part=None):
         self.send_response(status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **dict(headers)}
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)),
+                   **dict(headers)}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[:part])
 
     def about(self, files, match, body, recursive):
-        entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                   for name, data in files.items()]
+        entries = [{"type": "file", "path": name, "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
         if match[3] == "tree":
-            folder = (match[5] + "/") if match[5] else ""
-            inside = [entry for entry in entries if entry["path"].startswith(folder)]
+            start = (match[5] + "/") if match[5] else ""
+            inside = [entry for entry in entries if entry["path"].startswith(start)]
             if not inside:
-                return self.send(404, b'{"error": "no such folder"}', {"X-Error-Code": "EntryNotFound"})
-            found = [entry for entry in inside if recursive or "/" not in entry["path"][len(folder):]]
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            found = [e for e in inside if recursive or "/" not in e["path"][len(start):]]
             if not recursive:
-                folders = {folder + entry["path"][len(folder):].split("/")[0] for entry in inside} - set(files)
-                found += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
+                folders = {start + e["path"][len(start):].split("/")[0] for e in inside}
+                found += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+                          for path in folders - set(files)]
         elif match[3] == "paths-info":
-            wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
+            wanted = (json.loads(body) if body[:1] == b"{" else parse_qs(body.decode()))["paths"]
             found = [entry for entry in entries if entry["path"] in wanted]
         else:
-            found = {"id": match[2], "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": [],
-                     "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z",
+            found = {"id": match[2], "sha": COMMIT, "private": False, "gated": False, "tags": [],
+                     "disabled": False, "downloads": 0, "likes": 0,
+                     "lastModified": "2026-01-01T00:00:00.000Z",
                      "siblings": [{"rfilename": entry["path"]} for entry in entries]}
         self.send(200, json.dumps(found).encode())
 
     def file(self, files, name):
+        headers, status = {"X-Repo-Commit": COMMIT}, 200
         if name not in files:
-            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        data, status, headers = files[name], 200, {"Accept-Ranges": "bytes", "X-Repo-Commit": COMMIT,
-                                                   "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"'}
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if part:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", **headers})
+        data = files[name]
+        headers |= {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first:last + 1], 206
         if self.command == "GET" and len(data) > 1000 and self.server.breaks > 0:
             self.server.breaks -= 1  # half of the file, and then the line is cut
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(data[:len(data) // 2])
+            self.send(status, data, headers, len(data) // 2)
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-            return None
-        return self.send(status, data, headers)
+        else:
+            self.send(status, data, headers)
 
 
 @contextlib.contextmanager
 def serve(datasets=None, models=None, breaks=0):
-    """Serves {repository: {file: bytes}}. Yields (environment for a child process, the server); the first `breaks`
-    downloads are cut off in the middle."""
+    """Serves {repository: {file: bytes}}. Yields (environment for a child process, the server);
+    the first `breaks` downloads are cut off in the middle."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories = {"datasets": datasets or {}, "models": models or {}}
     server.breaks, server.requests = breaks, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield environment, server
+        yield {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}, server
     finally:
         server.shutdown()
         server.server_close()

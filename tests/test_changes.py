@@ -27,18 +27,15 @@ def use_rotary_positions(patch):
     """RoPE (Su et al. 2021): queries and keys turn by an angle that grows with the position."""
     def turned(x, start):  # (B, n_head, T, head_dim)
         T, D = x.shape[-2:]
-        position = torch.arange(start, start + T, device=x.device)[:, None]
-        angle = position * 100 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (T, D/2)
-        a, b = x[..., 0::2], x[..., 1::2]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        angle = torch.arange(start, start + T)[:, None] * 100 ** (-torch.arange(0, D, 2) / D)
+        a, b, cos, sin = x[..., 0::2], x[..., 1::2], angle.cos().to(x), angle.sin().to(x)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2)
                    for t in self.c_attn(x).split(C, dim=2))
-        start = cache.length if cache is not None else 0
-        q, k = turned(q, start), turned(k, start)
+        q, k = (turned(t, cache.length if cache is not None else 0) for t in (q, k))
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = train_gpt2.causal_attention(q, k, v, 0.0, self.flash)
@@ -53,77 +50,53 @@ def use_rotary_positions(patch):
     patch.setattr(GPT, "__init__", without_positions)
 
 
-@pytest.fixture(params=[use_silu, use_rotary_positions], ids=lambda change: change.__name__)
-def changed(request, monkeypatch):
-    """A function that builds models of the changed code, with weights large enough to matter."""
-    def build(tokenizer, **shape):
-        torch.manual_seed(0)
-        config = dict(block_size=112, n_layer=2, n_head=2, n_embd=32) | shape
-        plain = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **config), 0.15)
-        with monkeypatch.context() as patch:
-            request.param(patch)
-            model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **config), 0.15)
-            wpe = model.transformer.wpe.weight.clone()
-            model.load_state_dict(plain.state_dict() | {"transformer.wpe.weight": wpe})
-            idx = torch.arange(20)[None]
-            assert not torch.allclose(model(idx)[0], plain(idx)[0], atol=0.1)  # it is another one
-        request.param(monkeypatch)
-        model.tokenizer = tokenizer
-        return model.eval()
-    return build
-
-
 @torch.no_grad()
-def test_sampling_uses_the_changed_model(changed, stories):
-    """Logits with the cache are those without it, and so is greedy text."""
-    model = changed(train_gpt2.open_data(stories).tokenizer)
+@pytest.mark.parametrize("change", [use_silu, use_rotary_positions])
+def test_everything_uses_the_changed_model(change, stories, monkeypatch):
+    data, T = train_gpt2.open_data(stories), 112
+    config = GPTConfig(data.tokenizer.vocab_size, T, n_layer=2, n_head=2, n_embd=32)
+    torch.manual_seed(0)
+    plain = GPT(config, 0.15)  # weights large enough to matter
+    old = plain(torch.arange(20)[None])[0]
+    change(monkeypatch)
+    torch.manual_seed(0)
+    model = GPT(config, 0.15).eval()
+    assert not torch.allclose(model(torch.arange(20)[None])[0], old, atol=0.1)
+    model.tokenizer, encode = data.tokenizer, data.tokenizer.encode
+
+    # Sampling: logits with the cache are those without it, and so is greedy text
     prompt = "Once there was a brave girl named Ruby"
     idx = torch.tensor([encode_prompt(model, prompt)])
-    tokens = train_gpt2.stream_tokens(model, idx, 60, temperature=0)
-    for token, logits in tokens:
-        plain = model(idx)[0][:, -1]  # (1, V), read anew from the first token on
-        assert (logits - plain).abs().max() < 1e-4
-        likeliest = plain[0].topk(2).values
-        if likeliest[0] - likeliest[1] > 1e-3:
-            assert token.item() == plain.argmax()
+    for token, logits in train_gpt2.stream_tokens(model, idx, 60, temperature=0):
+        expected = model(idx)[0][:, -1]  # (1, V), read anew from the first token on
+        assert (logits - expected).abs().max() < 1e-4
+        likeliest = expected[0].topk(2).values
+        assert likeliest[0] - likeliest[1] < 1e-3 or token.item() == expected.argmax()
         idx = torch.cat((idx, token[:, None]), dim=1)
-    new = idx[0, -60:].tolist()
-    new = new[:new.index(model.tokenizer.eot)] if model.tokenizer.eot in new else new
-    text = model.generate(prompt, max_new_tokens=60, temperature=0)
-    assert text == prompt + model.tokenizer.decode(new)
-    cache = KVCache(112)  # also in pieces of several tokens
+    text = data.tokenizer.decode(idx[0, -60:].tolist()).split("<|endoftext|>")[0]
+    assert model.generate(prompt, max_new_tokens=60, temperature=0) == prompt + text
+    cache = KVCache(T)  # also in pieces of several tokens
     pieces = [model(piece, piece, cache)[0] for piece in idx.split([5, 1, 17, idx.size(1) - 23], 1)]
     assert (torch.cat(pieces, dim=1) - model(idx)[0]).abs().max() < 1e-4
 
+    # Validation, in both dtypes
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-3)):
+        s = Settings(data_dir=stories, eval_tokens=20 * T, device="cpu", dtype=dtype)
+        loader, world = train_gpt2.open_rows(s, data, "val", None), World(s)
+        with world.autocast():
+            expected = model(*loader.batch(range(20)))[1].item()
+        found = train_gpt2.evaluate(model, loader, s, world, data)
+        assert found["val_loss"] == pytest.approx(expected, abs=tolerance)
 
-@torch.no_grad()
-def test_evaluation_uses_the_changed_model(changed, stories):
-    data = train_gpt2.open_data(stories)
-    model = changed(data.tokenizer)
-    s = Settings(eval_tokens=2240, device="cpu", dtype="float32")
-    loader = train_gpt2.ShardedLoader(stories, "val", 112, "documents", None, 871, data.eot)
-    x, y = loader.batch(range(20))
-    found = train_gpt2.evaluate(model, loader, s, World(s), data)
-    assert found["val_loss"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = model(x, y)[1].item()
-    s.dtype = "bfloat16"
-    rough = train_gpt2.evaluate(model, loader, s, World(s), data)["val_loss"]
-    assert rough == pytest.approx(expected, abs=1e-3)
-
-
-@torch.no_grad()
-def test_hellaswag_uses_the_changed_model(changed, stories):
-    model = changed(train_gpt2.open_data(stories).tokenizer)
+    # HellaSwag
     endings = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
     contexts = ["Once there was a girl", "Ben", "Every night Mia dreamed of a map. Poor Mia"]
-    questions = [(context, endings[i:] + endings[:i], 0)
-                 for context in contexts for i in range(4)]
+    questions = [(each, endings[i:] + endings[:i], 0) for each in contexts for i in range(4)]
     world = World(Settings(device="cpu", dtype="float32"))
     chosen = train_gpt2.hellaswag(model, questions, world).tolist()
     for (context, endings, _), choices in zip(questions, chosen, strict=True):
-        nats, context = [], model.tokenizer.encode(context)
-        for ending in map(model.tokenizer.encode, endings):
+        nats, context = [], encode(context)
+        for ending in map(encode, endings):
             logits = model(torch.tensor([context + ending[:-1]]))[0][0, -len(ending):]
             nats.append(F.cross_entropy(logits, torch.tensor(ending), reduction="none"))
         assert choices == [min(range(4), key=lambda i: nats[i].sum()),
@@ -131,32 +104,25 @@ def test_hellaswag_uses_the_changed_model(changed, stories):
 
 
 def test_an_edited_model_starts_a_new_run(trained):  # noqa: F811
-    """An edited comment resumes; an edited constant that a preset overrides is named."""
+    """And an edited comment or docstring resumes."""
     source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
-
-    def run(edited, *options):
+    old, docstring = "x = self.act(self.c_fc(x))", "Multi-layer perceptron"
+    assert old in source and docstring in source
+    for edited, said in (
+            (source.replace(old, "x = 1.1 * self.act(self.c_fc(x))"),
+             "a new run in out/run-2 (out/run holds a run with code="),
+            (source.replace(old, old + "  # why").replace(docstring, "MLP"),
+             "continuing out/run from step 3")):
         (trained / "train_gpt2.py").write_text(edited, encoding="utf-8")
-        command = [sys.executable, "train_gpt2.py", *RUN, *options]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        return result.stdout
-    old, new = "x = self.act(self.c_fc(x))", "x = 1.1 * self.act(self.c_fc(x))"
-    assert old in source and "beta2: float = 0.95" in source
-    output = run(source.replace(old, new).replace("beta2: float = 0.95", "beta2: float = 0.9"),
-                 "--preset=shakespeare_char")
-    assert "note: preset shakespeare_char overrides the edited beta2\n" in output
-    assert "a new run in out/run-2 (out/run holds a run with rows=documents)" in output
-    output = run(source.replace(old, new))
-    assert "a new run in out/run-3 (out/run holds a run of other model code)" in output
-    commented = source.replace(old, old + "  # why").replace("Multi-layer perceptron:", "MLP:")
-    output = run(commented)
-    assert "continuing out/run from step 3" in output
+        command = [sys.executable, "train_gpt2.py", *RUN]
+        assert said in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_a_checkpoint_of_older_code(trained, capsys):  # noqa: F811
-    """Commit 9ba26c6 wrote neither `code` nor `threads`, and the dtype as it was given."""
+    """The first ones had neither `code` nor `threads`, and the dtype as it was given."""
     path = trained / "out" / "run" / "ckpt.pt"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["code"], checkpoint["settings"]["threads"]
+    del checkpoint["code"], checkpoint["settings"]["threads"], checkpoint["settings"]["tokens"]
     checkpoint["settings"]["dtype"] = "auto"
     torch.save(checkpoint, path)
     text = GPT.from_checkpoint(path).generate("Tale 7", max_new_tokens=5, seed=1)
@@ -166,21 +132,18 @@ def test_a_checkpoint_of_older_code(trained, capsys):  # noqa: F811
 
 
 def test_a_resumed_run_keeps_its_dtype_and_threads(trained, monkeypatch):  # noqa: F811
-    argv = [word for word in RUN if "out_dir" not in word]
-    threads, seen = torch.get_num_threads(), []
+    threads, seen, original = torch.get_num_threads(), [], train_gpt2.Run.log_step
     torch.set_num_threads(threads + 1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(2))
-        train_gpt2.main([*argv, "--out_dir=out/kept", "--dtype=bfloat16"])
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(99))
-        train_gpt2.main([*argv, "--out_dir=out/whole", "--dtype=bfloat16"])
+        for folder, step in (("kept", 2), ("whole", 99)):
+            patch.setattr(train_gpt2.StopRequest, "requested", stop_after(step))
+            train_gpt2.main([*RUN, f"--out_dir=out/{folder}", "--dtype=bfloat16"])
     torch.set_num_threads(threads)
-    original = train_gpt2.Run.log_step
 
     def watch(run, *args):
         seen.append((run.world.dtype, torch.get_num_threads()))
         original(run, *args)
     monkeypatch.setattr(train_gpt2.Run, "log_step", watch)
-    assert train_gpt2.main([*argv, "--out_dir=out/kept"]) == 0  # --dtype=auto
+    assert train_gpt2.main([*RUN, "--out_dir=out/kept"]) == 0  # --dtype=auto
     assert seen == [(torch.bfloat16, threads + 1)] * 3 and torch.get_num_threads() == threads
     assert losses(trained / "out" / "kept") == losses(trained / "out" / "whole")

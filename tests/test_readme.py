@@ -1,7 +1,6 @@
 """What the README prints works: its commands run, its lessons exist."""
 import re
 import shlex
-import sys
 
 import first_principles
 import pytest
@@ -12,45 +11,56 @@ import sample
 import train_gpt2
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    (?:\S.* && )?((?:python|torchrun) .+?)(?:  +#.*)?$", README, re.MULTILINE)
-NETWORK = ("fineweb", "tinystories", "shakespeare", "hf:", "hellaswag", "--init_from=gpt2", "--preset=gpt2", "torchrun")
+COMMANDS = re.findall(r"^    (?:\S.* && )?((?:python|torchrun) .+?)(?:  +#.*)?$", README, re.M)
+NETWORK = ("fineweb", "tinystories", "shakespeare", "hf:", "hellaswag", "=gpt2", "py gpt2", "torchrun")
+SCRIPTS = {"train_gpt2.py": train_gpt2, "prepare_data.py": prepare_data, "sample.py": sample}
 
 
-def test_every_command_runs_as_printed(tmp_path, monkeypatch, gpt2_vocabulary, capsys):
-    """In the README's order, in an empty folder that holds what a reader would have; long ones cut short. Those that
-    need a network are tested with servers of our own, torchrun and the benchmark by themselves."""
+def script_of(command):
+    """(the module that a command runs, its arguments); None for pytest and the like."""
+    words = shlex.split(command)
+    at = next((i for i, word in enumerate(words) if word in SCRIPTS), None)
+    return (None, []) if at is None else (SCRIPTS[words[at]], words[at + 1:])
+
+
+def test_every_command_parses_and_runs_as_printed(tmp_path, monkeypatch, gpt2_vocabulary, capsys):
+    """In the README's order, in an empty folder that holds what a reader would have; long ones are
+    cut short. Those that need a network or a launcher are parsed only."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     text = "It is never too late to learn how a language model works. " * 400
     (tmp_path / "my_text.txt").write_text(text, encoding="utf-8")
     for i in range(3):
-        (tmp_path / "notes" / f"{i}.jsonl").write_text(f'{{"body": "{text[:2000]}"}}\n' * 4, encoding="utf-8")
+        line = f'{{"body": "{text[:2000]}"}}\n'
+        (tmp_path / "notes" / f"{i}.jsonl").write_text(line * 4, encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     ran = []
     for command in COMMANDS:
-        words = shlex.split(command)
-        if any(word in command for word in NETWORK) or words[1] in ("-m", "tests/benchmark.py"):
+        script, argv = script_of(command)
+        if script is None:
             continue
-        main, argv = {"train_gpt2.py": train_gpt2.main, "prepare_data.py": prepare_data.main, "sample.py": sample.main,
-                      "tests/first_principles.py": first_principles.main}[words[1]], words[2:]
-        if main is train_gpt2.main:
-            # The stories are prepared by a child process, whose script stands beside ours
-            argv += ["--max_steps=4", "--eval_tokens=2000", "--warmup_steps=2"]
-        if main is first_principles.main:
-            monkeypatch.setattr(sys, "argv", words[1:])
-            argv = []
-        assert not main(*([argv] if argv or main is not first_principles.main else [])), command
-        ran.append(words[1])
-    assert ran.count("train_gpt2.py") >= 2 and ran.count("sample.py") >= 5 and ran.count("prepare_data.py") >= 3
+        bare = {prepare_data: "dataset", sample: "prompt"}.get(script)
+        presets = train_gpt2.PRESETS if script is train_gpt2 else None
+        train_gpt2.parse_settings(script.Settings, argv, "", presets, bare)
+        if not any(word in command for word in NETWORK):
+            if script is train_gpt2:
+                argv = [*argv, "--max_steps=4", "--eval_tokens=2000", "--warmup_steps=2"]
+            assert not script.main(argv), command
+            ran.append(script)
+    assert [ran.count(script) for script in SCRIPTS.values()] >= [2, 4, 5]
     assert "warning" not in capsys.readouterr().err.lower()
 
 
-@pytest.mark.parametrize("idea, where, test", re.findall(r"^\| (.+) \| `([\w.]+)` \| `(test_\w+)` \|$", README, re.M))
+LESSONS = re.findall(r"^\| (.+) \| `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
+
+
+@pytest.mark.parametrize("idea, where, test", LESSONS)
 def test_a_lesson_is_where_the_index_says(idea, where, test):
-    scripts = [train_gpt2, prepare_data, sample, first_principles]
+    scripts = [*SCRIPTS.values(), first_principles]
     assert any(hasattr(script, where.split(".")[-1]) for script in scripts), where
-    assert any(f"def {test}(" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")), test
+    files = (ROOT / "tests").glob("test_*.py")
+    assert any(f"def {test}(" in path.read_text(encoding="utf-8") for path in files), test
 
 
 def test_there_are_enough_lessons():
-    assert len(re.findall(r"^\| .+ \| `[\w.]+` \| `test_\w+` \|$", README, re.MULTILINE)) >= 25
+    assert len(LESSONS) >= 25

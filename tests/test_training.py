@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT, fails, log_of, posix
 
 import prepare_data
-import sample
 import train_gpt2
 
 
@@ -20,8 +19,7 @@ def same_bytes(one, other):
     """Two runs have the same weights and optimizer state, bit for bit."""
     a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (one, other))
     assert a["step"] == b["step"] and a["best_val_loss"] == b["best_val_loss"]
-    for name, tensor in a["model"].items():
-        assert torch.equal(tensor, b["model"][name]), name
+    assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
     for i, state in a["optimizer"]["state"].items():
         theirs = b["optimizer"]["state"][i]
         assert all(torch.equal(value, theirs[name]) for name, value in state.items())
@@ -31,6 +29,14 @@ def losses(folder):
     """The log without what a clock decides."""
     times = ("tokens_per_second", "seconds")
     return [[value for name, value in row.items() if name not in times] for row in log_of(folder)]
+
+
+def compare(whole, broken, steps):
+    """Two runs ended alike: weights, log, samples; and no step is logged twice."""
+    same_bytes(whole, broken)
+    assert losses(whole) == losses(broken)
+    assert [int(row["step"]) for row in log_of(broken)] == list(range(steps + 1))
+    assert (whole / "samples.md").read_bytes() == (broken / "samples.md").read_bytes()
 
 
 def stop_after(step, number=signal.SIGTERM):
@@ -59,44 +65,61 @@ def wait_for_step(folder, step):
 
 @posix
 def test_interrupted_and_killed_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
+    """And while such a run is alive, no other one takes its folder."""
     small_run[small_run.index("--max_steps=30")] = "--max_steps=60"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
+    argv = [*small_run, f"--out_dir={broken}"]
     for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 41)):
-        run = start([*small_run, f"--out_dir={broken}"])
+        run = start(argv)
         wait_for_step(broken, step)
+        if number == signal.SIGINT:
+            run.send_signal(signal.SIGSTOP)
+            assert "a run is at work" in fails(train_gpt2.main, argv, capsys)
+            run.send_signal(signal.SIGCONT)
         run.send_signal(number)
         output, errors = run.communicate(timeout=60)
         assert not errors
         if number != signal.SIGKILL:
             assert run.returncode == 128 + number and "the same command resumes it" in output
-    assert train_gpt2.main([*small_run, f"--out_dir={broken}"]) == 0
+    assert train_gpt2.main(argv) == 0
     assert f"continuing {broken} from step " in capsys.readouterr().out
-    same_bytes(whole, broken)
-    assert losses(whole) == losses(broken)
-    assert [int(row["step"]) for row in log_of(broken)] == list(range(61))  # no step twice
-    texts = [(folder / "samples.md").read_text(encoding="utf-8") for folder in (whole, broken)]
-    assert texts[0] == texts[1] and re.findall(r"## Step (\d+)", texts[1]) == ["20", "40", "60"]
+    compare(whole, broken, 60)
+    samples = (broken / "samples.md").read_text(encoding="utf-8")
+    assert re.findall(r"## Step (\d+)", samples) == ["20", "40", "60"]
 
 
-def test_finished_and_changed_runs_take_the_next_free_folder(small_run, tmp_path, capsys):
-    run = [*small_run, "--max_steps=4"]
-    train_gpt2.main(run)
-    first = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    train_gpt2.main(run)
-    assert f"{tmp_path / 'run-2'} ({tmp_path / 'run'} holds a finished run)" in \
-        capsys.readouterr().out
+def test_where_a_run_starts_and_why(small_run, tmp_path, capsys, monkeypatch):
+    """Again after the end, changed, overwritten, stopped, or beside somebody's own files."""
+    def run(*options):
+        status = train_gpt2.main([*small_run, "--max_steps=9", "--eval_every=3", *options])
+        return status, capsys.readouterr().out
+    at, first = str(tmp_path / "run"), tmp_path / "run" / "ckpt.pt"
+    assert f"a new run in {at}\n" in run()[1]
+    before = first.read_bytes()
+    assert f"a new run in {at}-2 ({at} holds a finished run)\n" in run()[1]
     same_bytes(tmp_path / "run", tmp_path / "run-2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(1))
-        train_gpt2.main([*small_run, f"--out_dir={tmp_path / 'other'}"])
-    train_gpt2.main([*run, f"--out_dir={tmp_path / 'other'}", "--learning_rate=0.1"])
-    assert f"a new run in {tmp_path / 'other-2'} ({tmp_path / 'other'} holds a run with " in \
-        capsys.readouterr().out
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == first
-    train_gpt2.main([*run, "--learning_rate=0.1", "--overwrite"])
-    assert f"a new run in {tmp_path / 'run'}\n" in capsys.readouterr().out
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() != first
+    assert f"{at}-3 ({at} holds a run with learning_rate=0.006)" in run("--learning_rate=0.1")[1]
+    assert first.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(4))
+        status, output = run("--learning_rate=0.1", "--overwrite")
+    assert f"a new run in {at}\n" in output and status == 128 + signal.SIGTERM
+    assert "the same command without --overwrite resumes it" in output
+    status, output = run("--learning_rate=0.1")
+    assert f"{at} from step 5 (to start over: --out_dir={at} --overwrite=True)\n" in output
+    assert first.read_bytes() != before and status == 0
+    for name in ("ckpt.pt", "best.pt"):  # nor does it start from what it would delete
+        before = (file := tmp_path / "run" / name).read_bytes()
+        argv = [*small_run, "--overwrite", f"--init_from={file}"]
+        assert "would delete" in fails(train_gpt2.main, argv, capsys)
+        assert file.read_bytes() == before
+    (own := tmp_path / "own").mkdir()
+    (own / "thesis.txt").write_text("mine")
+    assert f"{own}-2 ({own} holds other files)" in run(f"--out_dir={own}")[1]
+    assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+    first.unlink()  # without it best.pt still tells whose a folder is
+    assert f"{at}-4 ({at} holds a run with learning_rate=0.1)" in run()[1]
 
 
 def test_evaluation_and_samples_leave_no_trace(small_run, tmp_path, monkeypatch):
@@ -123,9 +146,11 @@ def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
     assert found[0] == pytest.approx(found[2], abs=1e-5)
 
 
-def test_a_checkpoint_is_a_plain_file_with_huggingface_names(small_run, tmp_path):
-    train_gpt2.main([*small_run, "--max_steps=3"])
-    checkpoint = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, capsys):
+    argv = [*small_run, "--max_steps=20", "--dtype=float32"]
+    train_gpt2.main(argv)
+    path = tmp_path / "run" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint) == {"model", "optimizer", "step", "config", "settings", "tokenizer",
                                "best_val_loss", "code"}
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
@@ -133,33 +158,13 @@ def test_a_checkpoint_is_a_plain_file_with_huggingface_names(small_run, tmp_path
     names = checkpoint["model"].keys()
     assert "transformer.h.0.attn.c_attn.weight" in names and "lm_head.weight" not in names
     assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
-    model = train_gpt2.GPT.from_checkpoint(tmp_path / "run" / "best.pt")
-    assert model.generate("Once", max_new_tokens=5, seed=1).startswith("Once")
-
-
-def test_a_new_run_from_old_weights(small_run, tmp_path, capsys):
-    train_gpt2.main([*small_run, "--max_steps=20"])
-    found = [row["val_loss"] for row in log_of(tmp_path / "run") if row["val_loss"]]
-    last, init = float(found[-1]), f"--init_from={tmp_path / 'run' / 'ckpt.pt'}"
-    train_gpt2.main([*small_run, init, f"--out_dir={tmp_path / 'tuned'}"])
+    last = float(log_of(tmp_path / "run")[-1]["val_loss"])
+    train_gpt2.main([*argv, f"--init_from={path}", f"--out_dir={tmp_path / 'tuned'}"])
     assert float(log_of(tmp_path / "tuned")[0]["val_loss"]) == pytest.approx(last, abs=1e-6)
     capsys.readouterr()
-    data, tokens = small_run[0], "--eval_tokens=2000"
-    train_gpt2.main([data, tokens, "--eval_only", init, "--dtype=float32"])
-    assert f"validation loss {last:.2f}" in capsys.readouterr().out  # the checkpoint's shape
-    assert "positions" in fails(train_gpt2.main, [data, init, "--block_size=128"], capsys)
-
-
-def test_a_living_run_is_left_alone(small_run, tmp_path, capsys):
-    run = start([*small_run, "--max_steps=3000"])
-    try:
-        wait_for_step(tmp_path / "run", 12)
-        argv = [*small_run, "--max_steps=3000"]
-        assert "a run is at work" in fails(train_gpt2.main, argv, capsys)
-    finally:
-        run.kill()
-        run.communicate()
-    train_gpt2.main([*small_run, "--max_steps=13"])  # and the dead one blocks nobody
+    train_gpt2.main([argv[0], "--eval_tokens=2000", "--eval_only", f"--init_from={path}",
+                     "--dtype=float32"])  # the shape is the checkpoint's
+    assert f"\n{path} on {argv[0][11:]}: {last:.4f}, " in capsys.readouterr().out
 
 
 def test_a_folder_is_locked_until_the_run_ends(small_run, tmp_path, monkeypatch):
@@ -170,7 +175,7 @@ def test_a_folder_is_locked_until_the_run_ends(small_run, tmp_path, monkeypatch)
         locks.append(train_gpt2.lock_folder(run.folder))  # None: the run still has it
         return write_report(run, rows)
 
-    def fail(run, plan, loader):
+    def fail(*_):
         raise train_gpt2.UserError("no")
     monkeypatch.setattr(train_gpt2, "write_report", watched)
     train_gpt2.main([*small_run, "--max_steps=3"])
@@ -182,35 +187,19 @@ def test_a_folder_is_locked_until_the_run_ends(small_run, tmp_path, monkeypatch)
     assert kept.value.code == 2 and train_gpt2.lock_folder(tmp_path / "fails")
 
 
-def test_samples(small_run, tmp_path, capsys, monkeypatch):
-    train_gpt2.main([*small_run, "--max_steps=5", f"--out_dir={tmp_path / 'out' / 'mine'}"])
-    monkeypatch.chdir(tmp_path)
-    texts = []
-    for argv in (["Once", "--seed=3"], ["--prompt=Once", "--seed=3"], ["Once", "--seed=4"]):
-        capsys.readouterr()
-        options = ["--num_samples=2", "--max_new_tokens=12", "--temperature=1"]
-        assert sample.main([*argv, *options]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("Once") and "\n---------------\nOnce" in texts[0]
-
-
-@pytest.mark.parametrize("options", [
-    ["--pos_encoding=learned", "--activation=gelu"],
-    ["--pos_encoding=sinusoidal", "--activation=relu", "--attention=manual"],
-    ["--preset=tinystories_char"], ["--preset=shakespeare_cpu"],
-], ids=" ".join)
-def test_every_option_learns_real_text(options, shared_file, tmp_path, monkeypatch):
+def test_options_and_presets_learn_real_text(shared_file, tmp_path, monkeypatch):
     """After 200 steps the loss is well below the unigram baseline: the context is used."""
     monkeypatch.chdir(tmp_path)
     text, folder = str(shared_file("tinyshakespeare.txt")), "data/shakespeare"
     prepare_data.main([text, "--tokenizer=char", f"--out_dir={folder}"])
     baselines = train_gpt2.open_data(folder).meta["landmarks"]
     assert baselines["unigram"] == pytest.approx(3.35, abs=0.02)
-    train_gpt2.main([*options, f"--data_dir={folder}", "--rows=stream", "--max_steps=200",
-                     "--n_layer=2", "--n_embd=64", "--block_size=32", "--eval_every=200",
-                     "--eval_tokens=20000", "--sample_every=200", "--out_dir=run"])
-    assert 1.5 < float(log_of(tmp_path / "run")[-1]["val_loss"]) < 2.8
+    for options in (["--pos_encoding=sinusoidal", "--activation=relu", "--attention=manual"],
+                    ["--preset=tinystories_char"], ["--preset=shakespeare_cpu"]):
+        train_gpt2.main([*options, f"--data_dir={folder}", "--rows=stream", "--max_steps=200",
+                         "--n_layer=2", "--n_embd=64", "--block_size=32", "--eval_every=200",
+                         "--eval_tokens=20000", "--out_dir=run", "--overwrite"])
+        assert 1.5 < float(log_of(tmp_path / "run")[-1]["val_loss"]) < 2.8
 
 
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
@@ -220,7 +209,7 @@ def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, c
     began = time.perf_counter()
     assert train_gpt2.main([*seldom, "--max_steps=100000", "--max_minutes=0.03",
                             f"--out_dir={tmp_path / 'long'}"]) == 0
-    assert 1.8 <= time.perf_counter() - began < 15
+    assert 1.8 <= time.perf_counter() - began < 20
     capsys.readouterr()
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0
     assert "the same command resumes it" in capsys.readouterr().out
@@ -232,35 +221,18 @@ def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, c
     same_bytes(tmp_path / "whole", tmp_path / "run")
 
 
-def test_throughput_where_every_logged_step_also_evaluates(small_run, tmp_path, monkeypatch):
-    """It is that of training alone: an evaluation that takes an hour changes nothing."""
+def test_throughput_is_that_of_training_alone(small_run, tmp_path, monkeypatch):
+    """An evaluation that takes an hour changes nothing."""
     evaluate, clock, hours = train_gpt2.evaluate, time.perf_counter, []
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: hours.append(1) or evaluate(*args))
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: clock() + 3600 * len(hours))
     train_gpt2.main([*small_run, "--log_every=10", "--sample_every=10"])
     rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
-    speeds = [float(row["tokens_per_second"]) for row in rows[1:]]
     assert [int(row["step"]) for row in rows] == [0, 10, 20, 29]
     assert not rows[0]["tokens_per_second"]
     tokens = [int(row["tokens"]) for row in rows]
-    assert min(speeds) > (tokens[2] - tokens[1]) / 60  # with an hour more it would be less
-
-
-def test_what_starts_over_says_so(small_run, tmp_path, capsys, monkeypatch):
-    """--overwrite=True never resumes, and does not start from what it would delete."""
-    argv = [*small_run, "--overwrite=True", "--max_steps=9", "--eval_every=3"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(4))
-        assert train_gpt2.main(argv) == 128 + signal.SIGTERM
-    assert "the same command without --overwrite resumes it" in capsys.readouterr().out
-    assert train_gpt2.main([word for word in argv if "overwrite" not in word]) == 0
-    assert f"from step 5 (to start over: --out_dir={tmp_path / 'run'} --overwrite=True)" in \
-        capsys.readouterr().out
-    for name in ("ckpt.pt", "best.pt"):
-        file = tmp_path / "run" / name
-        before = file.read_bytes()
-        assert "would delete" in fails(train_gpt2.main, [*argv, f"--init_from={file}"], capsys)
-        assert file.read_bytes() == before
+    slowest = min(float(row["tokens_per_second"]) for row in rows[1:])
+    assert slowest > (tokens[2] - tokens[1]) / 60  # with an hour more it would be less
 
 
 def test_signals(monkeypatch):
@@ -288,7 +260,7 @@ def test_signals(monkeypatch):
     stop = Interrupted(s, types.SimpleNamespace(size=1))
     Interrupted.armed = True
     stop.handle(signal.SIGINT)
-    assert stop.requested(1) and stop.status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert stop.requested(1) and stop.signal in (signal.SIGINT, signal.SIGTERM) and not left
     stop.received -= 1  # a second one that comes later leaves at once
     stop.handle(signal.SIGINT)
     assert left == [128 + signal.SIGINT]
