@@ -786,7 +786,7 @@ def read_log(folder):
 
 def read_samples(folder):
     path = folder / "samples.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return re.findall(r"^## Step \d.*?(?=^## Step |\Z)", text, re.M | re.S)
 
 
