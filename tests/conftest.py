@@ -28,7 +28,7 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_file():
-    """A function from the name of a real text to its path; skips where the texts are missing."""
+    """A function: name of a real text -> its path; skips where the texts are missing."""
     def find(name):
         folder = os.environ.get("SHARED_DATA")
         if not folder or not (Path(folder) / name).exists():
@@ -39,7 +39,7 @@ def shared_file():
 
 @pytest.fixture(scope="session")
 def gpt2_vocabulary():
-    """Skips where GPT-2's vocabulary is not cached, so that no test waits for a network."""
+    """Skips where it is not cached, so that no test waits for a network."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would be downloaded")
     return train_gpt2.Tokenizer({"kind": "gpt2"})
@@ -47,7 +47,7 @@ def gpt2_vocabulary():
 
 @pytest.fixture
 def small_run(stories, tmp_path, monkeypatch):
-    """Options of a run of a few seconds with everything that a resume has to get right."""
+    """Options of a run of seconds with all that a resume has to get right."""
     monkeypatch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # saves half a second
     return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2",
             "--n_embd=32", "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2",

@@ -6,8 +6,12 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from urllib.parse import parse_qs, unquote, urlparse
+
+from conftest import ROOT
 
 COMMIT = "c" * 40
 
@@ -23,7 +27,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlparse(self.path)
         path = unquote(url.path)
-        hub.requests.append(f"{self.command} {path}")
         name = r"([^/]+/[^/]+?|[^/]+?)"
         match = re.fullmatch(rf"/api/(models|datasets)/{name}"
                              r"(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
@@ -40,9 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, data, headers=(), part=None):
         self.send_response(status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)),
-                   **dict(headers)}
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -56,18 +57,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             inside = [entry for entry in entries if entry["path"].startswith(start)]
             if not inside:
                 return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            found = [e for e in inside if recursive or "/" not in e["path"][len(start):]]
-            if not recursive:
-                folders = {start + e["path"][len(start):].split("/")[0] for e in inside}
-                found += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
-                          for path in folders - set(files)]
+            found = {start + e["path"][len(start):].split("/")[0]: e for e in inside}
+            found = inside if recursive else [
+                e if path in files else {"type": "directory", "path": path, "size": 0, "oid": "0"}
+                for path, e in found.items()]
         elif match[3] == "paths-info":
             wanted = (json.loads(body) if body[:1] == b"{" else parse_qs(body.decode()))["paths"]
             found = [entry for entry in entries if entry["path"] in wanted]
         else:
             found = {"id": match[2], "sha": COMMIT, "private": False, "gated": False, "tags": [],
-                     "disabled": False, "downloads": 0, "likes": 0,
-                     "lastModified": "2026-01-01T00:00:00.000Z",
                      "siblings": [{"rfilename": entry["path"]} for entry in entries]}
         self.send(200, json.dumps(found).encode())
 
@@ -93,15 +91,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(datasets=None, models=None, breaks=0):
-    """Serves {repository: {file: bytes}}. Yields (environment for a child process, the server);
-    the first `breaks` downloads are cut off in the middle."""
+    """Serves {repository: {file: bytes}}; the first `breaks` downloads are cut off in the middle.
+    Yields (its address, the server)."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories = {"datasets": datasets or {}, "models": models or {}}
-    server.breaks, server.requests = breaks, []
+    server.breaks = breaks
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}, server
+        yield f"http://127.0.0.1:{server.server_port}", server
     finally:
         server.shutdown()
         server.server_close()
+
+
+def run(address, home, *argv, code=None):
+    """prepare_data.py, or other code, with the hub at this address (none: without a network). It is
+    a process of its own, because the libraries read their environment when they are imported."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    where = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"} if address else {"HF_HUB_OFFLINE": "1"}
+    how = ["-c", code] if code else [str(ROOT / "prepare_data.py")]
+    return subprocess.run([sys.executable, *how, *argv], cwd=home, capture_output=True, text=True,
+                          timeout=300, env=os.environ | where | {"HF_HOME": str(home / "hf"),
+                                                                 "PYTHONPATH": path})
+
+
+def is_one_line(done, message):
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done
+    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

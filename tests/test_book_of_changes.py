@@ -1,4 +1,4 @@
-"""The patches in tests/changes, one idea each: every one is in force everywhere, whatever the program does."""
+"""The patches in tests/changes, one idea each: every one is in force everywhere."""
 import importlib.util
 import shutil
 import subprocess
@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT
 
 PATCHES = sorted((ROOT / "tests" / "changes").glob("*.patch"))
-RUN = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=4", "--max_steps=40", "--warmup_steps=5",
-       "--eval_every=20", "--eval_tokens=1000", "--sample_every=40", "--checkpoint_every=10", "--device=cpu",
-       "--dtype=float32", "--log_every=5"]
+RUN = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=4", "--max_steps=40",
+       "--warmup_steps=5", "--eval_every=20", "--eval_tokens=1000", "--sample_every=1000",
+       "--checkpoint_every=10", "--device=cpu", "--dtype=float32", "--log_every=5"]
 
 
 @pytest.fixture
@@ -33,13 +33,14 @@ def changed(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
 def test_a_patch_is_small(patch):
     lines = patch.read_text(encoding="utf-8").splitlines()
-    counts = [sum(line.startswith(sign) and not line.startswith(sign * 3) for line in lines) for sign in "+-"]
+    counts = [sum(line.startswith(sign) and not line.startswith(sign * 3) for line in lines)
+              for sign in "+-"]
     assert 0 < max(counts) <= (25 if patch.stem in ("gqa", "muon", "lora") else 15)
     assert lines[0][0].isalpha()  # prose says what it is
 
 
 def uncached_text(model, idx, count):
-    """Greedy text of `count` tokens that reads everything again for each, and how sure each choice was."""
+    """Greedy text that reads everything again for each token, and how sure each choice was."""
     gaps = []
     for _ in range(count):
         top = model(idx)[0][:, -1].topk(2)
@@ -53,12 +54,13 @@ def check_model(train_gpt2, model, folder):
     """The cache, generate and evaluate compute what GPT.forward computes."""
     idx = torch.randint(model.config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(1))
     cache = train_gpt2.KVCache(60)
-    cached = [model(part, cache=cache)[0][:, -1] for part in (idx[:, :40], *idx[:, 40:].split(1, dim=1))]
+    parts = (idx[:, :40], *idx[:, 40:].split(1, dim=1))
+    cached = [model(part, cache=cache)[0][:, -1] for part in parts]
     plain = model(idx)[0]
     assert (torch.stack(cached, dim=1) - plain[:, 39:]).abs().max() < 1e-4
     text, gaps = uncached_text(model, idx[:, :10], 40)
     greedy = model.generate(idx[:, :10], 40, temperature=0)
-    sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), 40)  # the first choice that is nearly a tie
+    sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), 40)  # until a choice is nearly a tie
     assert torch.equal(greedy[:, :10 + sure], text[:, :10 + sure])
     s = train_gpt2.Settings(data_dir=str(folder), eval_tokens=2000, device="cpu", dtype="float32")
     data = train_gpt2.open_data(folder)
@@ -79,11 +81,13 @@ def test_a_change_is_in_force_everywhere(changed, stories, tmp_path, monkeypatch
         train_gpt2.main([*argv, f"--out_dir={broken}"])
     assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
     assert f"continuing {broken} from step 25" in capsys.readouterr().out
-    ours, theirs = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (whole, broken))
+    ours, theirs = (torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+                    for folder in (whole, broken))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     model = train_gpt2.GPT.from_checkpoint(whole / "best.pt")
     check_model(train_gpt2, model, stories)
-    assert sample.main(["Once", f"--checkpoint={whole / 'best.pt'}", "--max_new_tokens=10", "--seed=1"]) == 0
+    argv = ["Once", f"--checkpoint={whole / 'best.pt'}", "--max_new_tokens=10", "--seed=1"]
+    assert sample.main(argv) == 0
     assert capsys.readouterr().out.startswith("Once")
     try:
         sample.export(model, tmp_path / "exported")

@@ -41,7 +41,7 @@ def val_tokens(folder):
 
 @pytest.mark.parametrize("rows", ["documents", "stream"])
 def test_validation_loss_agrees_with_numpy(rows, stories):
-    """Loss, bits per byte and skills, from the shard itself by a NumPy GPT-2 with large weights."""
+    """Loss, bits per byte and skills, from the shard itself by a GPT-2 in NumPy."""
     data = open_data(stories)
     model = small_model(data.tokenizer)
     with torch.no_grad():
@@ -79,16 +79,14 @@ def add_up(found):
     return skills == pytest.approx(found["above_floor"], abs=1e-12)
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
-def test_skills_with_other_tokenizers(tokenizer, tmp_path, monkeypatch, gpt2_vocabulary):
+def test_skills_where_documents_cross_shards(tmp_path, monkeypatch, gpt2_vocabulary):
     monkeypatch.setattr(prepare_data, "STORIES", 60)
-    prepare_data.main(["stories", f"--tokenizer={tokenizer}", f"--out_dir={tmp_path}",
+    prepare_data.main(["stories", "--tokenizer=gpt2", f"--out_dir={tmp_path}",
                        "--shard_tokens=150"])
-    data = open_data(tmp_path)
-    recalled = data.tokenizer.decode(np.array(val_tokens(tmp_path))[data.skills == 2].tolist())
+    skills = open_data(tmp_path).skills
+    recalled = gpt2_vocabulary.decode(np.array(val_tokens(tmp_path))[skills == 2].tolist())
     assert recalled and "lived" not in recalled
-    if tokenizer == "gpt2":  # documents cross these small shards
-        assert add_up(evaluated(tmp_path, small_model(data.tokenizer), rows="documents"))
+    assert add_up(evaluated(tmp_path, small_model(gpt2_vocabulary), rows="documents"))
 
 
 def lines_of(shared_file, count):
@@ -140,9 +138,7 @@ def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path
     assert said in (tmp_path / "out" / "stories" / "report.md").read_text(encoding="utf-8")
     argv += ["--eval_only", "--init_from=out/stories/ckpt.pt"]
     assert train_gpt2.main(argv) == 0
-    measured = f"out/stories/ckpt.pt on data/text: {float(row['val_loss']):.4f}, "
-    output = capsys.readouterr().out
-    assert measured in output and said in output
+    assert said in capsys.readouterr().out
     path.write_text('{"ctx": "broken"}', encoding="utf-8")
     assert f"{train_gpt2.HELLASWAG} is damaged" in fails(train_gpt2.main, argv, capsys)
 
@@ -180,15 +176,15 @@ def test_every_number_of_processes_finds_the_same(stories, shared_file, gpt2_voc
 
 
 def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys, monkeypatch):
-    """A resumed run draws picture and report anew from log and samples, as a whole run would."""
+    """A resumed run draws and reports as a whole run does, from log and samples."""
     argv = [*(word for word in small_run if "eval_tokens" not in word), "--sample_every=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train_gpt2.main([*argv, f"--out_dir={whole}"]) == 0
     output, data = capsys.readouterr().out, open_data(argv[0][11:])
     V, T, C, train = data.tokenizer.vocab_size, 112, 32, data.meta["train"]
     N = V * C + T * C + 2 * (12 * C * C + 13 * C) + 2 * C
-    plan = re.search(r"^model: (.*) parameters; .* near ln .* = (.*)\n.*\nplan: 30 steps of 8 rows, "
-                     r"4 at once; (.*) tokens, .* (.*) tokens per parameter$", output, re.M)
+    plan = re.search(r"^model: (.*) parameters; .* near ln .* = (.*)\n.*\nplan: 30 steps of 8 "
+                     r"rows, 4 at once; (.*) tokens, .* (.*) tokens per parameter$", output, re.M)
     tokens = 30 * 8 * (train["tokens"] - 1) / train["documents"]
     assert plan.groups() == (f"{N:,}", f"{math.log(V):.2f}", f"{tokens:,.0f}", f"{tokens / N:.1f}")
     assert re.search(r"^step 30: val \d\.\d{4}, \d\.\d{3} bits per byte, [\d.]+ % above the floor "
@@ -196,11 +192,9 @@ def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2.StopRequest, "requested", stop_after(24))
         assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 143
-    names = {path.name for path in broken.iterdir()}
     for name in ("report.md", "loss.svg"):
         (broken / name).unlink()
     assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
-    assert {path.name for path in broken.iterdir()} == names
     texts = [(folder / "report.md").read_text(encoding="utf-8") for folder in (whole, broken)]
     assert texts[0] == texts[1] and plan[0] in texts[0]
     assert re.findall(r"^\| (\d+) \|", texts[0], re.M) == ["0", "10", "20", "30"]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import train_gpt2
 from prepare_data import write_shard
-from train_gpt2 import (PRESETS, Settings, ShardedLoader, Tokenizer, UserError, check_settings,
-                        open_data, plan_batch, read_shard, shard_paths)
+from train_gpt2 import PRESETS, Settings, ShardedLoader, Tokenizer, UserError, open_data, read_shard
 
 
 @pytest.fixture
 def numbered(tmp_path):
-    """A corpus whose tokens count up, in three shards: every row tells where it was cut."""
+    """Tokens that count up, in three shards: every row tells where it was cut."""
     for name, start, end in (("train_1", 0, 1000), ("train_2", 1000, 1755), ("train_3", 1755, 2300),
                              ("val_0", 5000, 5095)):
         write_shard(tmp_path / f"n_{name}.bin", np.arange(start, end))
@@ -42,22 +42,21 @@ def test_format_is_llm_c(tmp_path):
 def test_last_word_in_the_name_decides(tmp_path):
     for name in ("fineweb_val_000000.bin", "valley_train_000001.bin", "training_val_000001.bin"):
         write_shard(tmp_path / name, [1, 2, 3])
-    paths = {split: [p.name for p in found] for split, found in shard_paths(tmp_path).items()}
-    assert paths == {"train": ["valley_train_000001.bin"],
-                     "val": ["fineweb_val_000000.bin", "training_val_000001.bin"]}
+    paths = train_gpt2.shard_paths(tmp_path)
+    assert [path.name for path in paths["train"]] == ["valley_train_000001.bin"]
 
 
 def test_batches_are_a_pure_function(numbered):
     first, again = numbers(numbered), numbers(numbered)
     forward = [first.batch(range(i, i + 8)) for i in range(0, 400, 8)]
-    for i in (392, 0, 128, 200):  # in another order, from another loader
+    for i in (392, 0, 128, 200):  # in another order
         x, y = again.batch(range(i, i + 8))
         assert torch.equal(x, forward[i // 8][0]) and torch.equal(y, forward[i // 8][1])
     assert not torch.equal(numbers(numbered, seed=8).batch(range(8))[0], forward[0][0])
 
 
 def test_stream_epochs(numbered):
-    """Each epoch has every row once and no token twice; cuts and order change with the epoch."""
+    """Each has every row once and no token twice; cuts and order change."""
     loader, starts = numbers(numbered), []
     for epoch in range(3):
         rows = range(epoch * loader.rows_per_epoch, (epoch + 1) * loader.rows_per_epoch)
@@ -76,12 +75,11 @@ def test_validation_rows_cover_every_token_once(numbered):
 
 
 def test_documents_get_their_own_rows(tmp_path):
-    eot, loaders = 99, {}
-    for split, seed in (("val", None), ("train", 1)):
-        write_shard(tmp_path / f"d_{split}_0.bin", [eot, 1, 2, 3, eot, 4, eot, *range(5, 11), eot])
-        loaders[split] = seed
+    eot = 99
+    for split in ("val", "train"):
+        write_shard(tmp_path / f"{split}.bin", [eot, 1, 2, 3, eot, 4, eot, *range(5, 11), eot])
     val, train = (ShardedLoader(tmp_path, split, 4, "documents", seed, vocab_size=100, eot=eot)
-                  for split, seed in loaders.items())
+                  for split, seed in (("val", None), ("train", 1)))
     x, y = val.batch(range(val.rows_per_epoch))
     assert y.tolist() == [[1, 2, 3, eot], [4, eot, -1, -1], [5, 6, 7, 8], [9, 10, eot, -1]]
     assert x[:, 0].tolist() == [eot, eot, eot, 8]
@@ -93,9 +91,9 @@ def test_documents_get_their_own_rows(tmp_path):
 def test_presets_run_on_any_number_of_processes():
     for preset in PRESETS.values():
         s = Settings(**preset)
-        check_settings(s)
+        train_gpt2.check_settings(s)
         for size in (1, 2, 4, 8):
-            rows, at_once = plan_batch(s, SimpleNamespace(size=size))
+            rows, at_once = train_gpt2.plan_batch(s, SimpleNamespace(size=size))
             assert rows == s.total_batch_size // s.block_size
             assert at_once <= s.batch_size and rows // size % at_once == 0
 
@@ -114,32 +112,14 @@ def test_damaged_shards(tmp_path, change):
         read_shard(path)
 
 
-def test_tokens_beyond_the_vocabulary(numbered):
-    loader = numbers(numbered, vocab_size=1000)
-    with pytest.raises(UserError, match="beyond the vocabulary of 1000"):
-        loader.batch(range(loader.rows_per_epoch))
-
-
-def test_too_little_text_for_a_row(numbered):
-    with pytest.raises(UserError, match="too few"):
-        ShardedLoader(numbered, "val", 95, "stream", seed=1)
-    assert ShardedLoader(numbered, "val", 94, "stream", seed=1).rows_per_epoch == 1
-
-
-def test_shards_without_meta_are_gpt2_tokens(numbered, gpt2_vocabulary):
-    tokenizer = open_data(numbered).tokenizer
-    token_bytes = tokenizer.token_bytes()
-    assert tokenizer.vocab_size == 50257 and tokenizer.eot == 50256
-    assert token_bytes[gpt2_vocabulary.encode("hello")[0]] == 5 and token_bytes[50256] == 0
-
-
 TEXTS = ["", "plain words", "a<|endoftext|>b", "naïve 漢字 é 🙂🏽 \0\n\n \t end ", "x" * 300]
 
 
-def test_tokenizers_give_back_every_text(stories, gpt2_vocabulary):
-    bpe = open_data(stories).tokenizer
+def test_tokenizers_give_back_every_text(stories, numbered, gpt2_vocabulary):
+    bpe, gpt2 = open_data(stories).tokenizer, open_data(numbered).tokenizer  # no meta.json: GPT-2's
+    assert gpt2.vocab_size == 50257 and gpt2.token_bytes()[gpt2.eot] == 0
     char = Tokenizer({"kind": "char", "alphabet": "".join(sorted(set("".join(TEXTS))))})
-    for tokenizer in (bpe, char, gpt2_vocabulary):
+    for tokenizer in (bpe, char, gpt2):
         copy = Tokenizer(json.loads(json.dumps(tokenizer.spec)))  # as meta.json keeps it
         for text in TEXTS:
             ids = tokenizer.encode(text)

@@ -12,7 +12,8 @@ import train_gpt2
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:\S.* && )?((?:python|torchrun) .+?)(?:  +#.*)?$", README, re.M)
-NETWORK = ("fineweb", "tinystories", "shakespeare", "hf:", "hellaswag", "=gpt2", "py gpt2", "torchrun")
+NETWORK = ("fineweb", "tinystories", "shakespeare", "hf:", "hellaswag", "=gpt2", "py gpt2",
+           "torchrun")
 SCRIPTS = {"train_gpt2.py": train_gpt2, "prepare_data.py": prepare_data, "sample.py": sample}
 
 

@@ -1,6 +1,5 @@
 """Nothing is lost: runs that are killed, meet a full disk, or change their number of processes."""
 import contextlib
-import errno
 import functools
 import gc
 import multiprocessing
@@ -105,9 +104,10 @@ def die_in(name, count):
 
 @posix
 def test_killed_at_any_instant(tiny_run, tmp_path):
-    """30 random kills with FULL_TESTS, and the instants that matter most. The same command always
-    resumes, and the end is that of a run which nobody touched."""
+    """At 30 random ones with FULL_TESTS, and at those that matter most. The same command always
+    resumes, and ends as a run does that nobody touched."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Child(["--help"], tmp_path).wait()  # imports, once for all
     began = time.monotonic()
     assert Child([*tiny_run, f"--out_dir={whole}"], tmp_path).wait()[0] == 0
     took = time.monotonic() - began
@@ -119,7 +119,7 @@ def test_killed_at_any_instant(tiny_run, tmp_path):
         ("write_report", 2), ("append", 20))]
     randoms = 30 if FULL else 2
     while kills < randoms or exact:
-        at = exact.pop() if exact else None
+        at = exact[-1] if exact else None
         run = Child(argv, tmp_path, at)
         if at is None:
             time.sleep(draw.uniform(0, took))
@@ -129,20 +129,23 @@ def test_killed_at_any_instant(tiny_run, tmp_path):
         if status == 0:
             compare(whole, broken, 40)
             shutil.rmtree(broken)
-        kills += at is None and status != 0
+        elif at:
+            exact.pop()
+        else:
+            kills += 1
     assert Child(argv, tmp_path).wait()[0] == 0
     compare(whole, broken, 40)
     assert not (tmp_path / "broken-2").exists() and not list(broken.glob(".*.tmp"))
 
 
-def sleep_after_steps(seconds=60):
-    train_gpt2.Run.log_step = lambda *_: (print("asleep", flush=True), time.sleep(seconds))
+def sleep_after_steps():
+    train_gpt2.Run.log_step = lambda *_: (print("asleep", flush=True), time.sleep(60))
 
 
 @posix
 def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
     run = Child(tiny_run, tmp_path, sleep_after_steps)
-    while "asleep" not in (run.output.read_text() if run.output.exists() else ""):
+    while not run.output.exists() or "asleep" not in run.output.read_text():
         time.sleep(0.05)
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(0.7)
@@ -150,15 +153,6 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
     os.kill(run.process.pid, signal.SIGINT)
     status, output = run.wait(5)
     assert status == 130 and "Traceback" not in output
-
-
-def test_ctrl_c_before_the_first_step(tiny_run, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_gpt2, "open_data", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        train_gpt2.main(tiny_run)
-    assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 # ---- Disks ----
@@ -198,7 +192,7 @@ def test_a_limit_on_file_size(tiny_run, tmp_path, capsys, monkeypatch):
 
 @posix
 def test_a_full_disk(tiny_run, tmp_path, capsys):
-    """A real one where mounting is allowed: a checkpoint and its successor do not fit on it."""
+    """A checkpoint and its successor do not fit on it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
@@ -220,16 +214,6 @@ def test_a_full_disk(tiny_run, tmp_path, capsys):
         assert (disk / "run" / "ckpt.pt").read_bytes() == before
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
-
-
-@posix
-def test_a_file_system_without_locks(tiny_run, monkeypatch):
-    import fcntl
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    assert train_gpt2.main([*tiny_run, "--max_steps=2"]) == 0
 
 
 # ---- Several processes ----
@@ -260,49 +244,16 @@ def test_other_numbers_of_processes(tiny_run, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("victim", [0, 1] if FULL else [0])
-def test_a_process_that_dies(victim, tiny_run, tmp_path):
-    """The other one ends by itself, in one line, and the run resumes from its checkpoint."""
-    argv = [*tiny_run, "--max_steps=100000"]
-    runs = together(2, argv, tmp_path)
+def test_a_process_that_dies(tiny_run, tmp_path):
+    """The other one ends by itself, in one line."""
+    runs = together(2, [*tiny_run, "--max_steps=100000"], tmp_path)
     while not (tmp_path / "run" / "ckpt.pt").exists():
         time.sleep(0.05)
         assert all(run.process.is_alive() for run in runs), [run.wait() for run in runs]
-    runs[victim].process.kill()
-    status, output = runs[1 - victim].wait(30)
-    assert status == 1 and f"error: process {1 - victim} lost another one; the same" in output
+    runs[0].process.kill()
+    status, output = runs[1].wait(30)
+    assert status == 1 and "error: process 1 lost another one; the same" in output
     assert "Traceback" not in output
-    runs[victim].wait()
-    for run in (runs := together(2, argv, tmp_path, stop_soon)):
-        assert run.wait()[0] == 128 + signal.SIGTERM
-    assert "continuing" in runs[0].output.read_text()
-
-
-def stop_soon():
-    calls = iter(range(10**6))
-
-    def requested(self, step):
-        self.signal = signal.SIGTERM
-        return next(calls) == 20
-    train_gpt2.StopRequest.requested = requested
-
-
-def test_a_mistake_that_one_process_meets(tiny_run, tmp_path):
-    """A mistake that only the second process meets is its to tell."""
-    first, second = together(2, tiny_run, tmp_path, fail_on_second)
-    status, output = second.wait(60)
-    assert status == 2 and "error: only here" in output
-    assert first.wait(30)[0] == 1
-
-
-def fail_on_second():
-    original = train_gpt2.step_batches
-
-    def batches(*args):
-        if os.environ["RANK"] == "1":
-            raise train_gpt2.UserError("only here")
-        return original(*args)
-    train_gpt2.step_batches = batches
 
 
 # ---- Numbers and memory ----
@@ -330,7 +281,7 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_what_to_halve_and_what_to_double(error, tiny_run, capsys, monkeypatch):
     def forward(*_):
         raise error

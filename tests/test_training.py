@@ -1,4 +1,4 @@
-"""Runs: resumed to the byte, repeated in the next folder, the same on several processes."""
+"""Runs: resumed to the byte, or begun anew in the next folder."""
 import os
 import re
 import signal
@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT, fails, log_of, posix
 
-import prepare_data
 import train_gpt2
 
 
@@ -53,35 +52,32 @@ def start(argv, **environment):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
 
 
-def wait_for_step(folder, step):
-    """Wait until the run in this folder has logged the step."""
+def wait_for_step(run, folder, step):
+    """Wait until it has logged the step."""
     log = folder / "log.csv"
-    for _ in range(600):
-        if log.exists() and f"\n{step}," in log.read_text(encoding="utf-8"):
-            return
+    while not log.exists() or f"\n{step}," not in log.read_text(encoding="utf-8"):
         time.sleep(0.1)
-    raise AssertionError(f"step {step} was not reached")
+        assert run.poll() is None, run.communicate()
 
 
 @posix
-def test_interrupted_and_killed_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
+def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
     """And while such a run is alive, no other one takes its folder."""
     small_run[small_run.index("--max_steps=30")] = "--max_steps=60"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
     argv = [*small_run, f"--out_dir={broken}"]
-    for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 41)):
+    for number, step in ((signal.SIGINT, 7), (signal.SIGTERM, 31)):
         run = start(argv)
-        wait_for_step(broken, step)
+        wait_for_step(run, broken, step)
         if number == signal.SIGINT:
             run.send_signal(signal.SIGSTOP)
             assert "a run is at work" in fails(train_gpt2.main, argv, capsys)
             run.send_signal(signal.SIGCONT)
         run.send_signal(number)
         output, errors = run.communicate(timeout=60)
-        assert not errors
-        if number != signal.SIGKILL:
-            assert run.returncode == 128 + number and "the same command resumes it" in output
+        assert not errors and run.returncode == 128 + number
+        assert "the same command resumes it" in output
     assert train_gpt2.main(argv) == 0
     assert f"continuing {broken} from step " in capsys.readouterr().out
     compare(whole, broken, 60)
@@ -109,11 +105,10 @@ def test_where_a_run_starts_and_why(small_run, tmp_path, capsys, monkeypatch):
     status, output = run("--learning_rate=0.1")
     assert f"{at} from step 5 (to start over: --out_dir={at} --overwrite=True)\n" in output
     assert first.read_bytes() != before and status == 0
-    for name in ("ckpt.pt", "best.pt"):  # nor does it start from what it would delete
-        before = (file := tmp_path / "run" / name).read_bytes()
-        argv = [*small_run, "--overwrite", f"--init_from={file}"]
-        assert "would delete" in fails(train_gpt2.main, argv, capsys)
-        assert file.read_bytes() == before
+    before = first.read_bytes()
+    argv = [*small_run, "--overwrite", f"--init_from={first}"]
+    assert f"would delete {first}" in fails(train_gpt2.main, argv, capsys)
+    assert first.read_bytes() == before
     (own := tmp_path / "own").mkdir()
     (own / "thesis.txt").write_text("mine")
     assert f"{own}-2 ({own} holds other files)" in run(f"--out_dir={own}")[1]
@@ -139,11 +134,10 @@ def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
               "--total_batch_size=896", "--max_steps=8"]
     common.remove("--grad_accum_steps=2")
     found = []
-    for size in (8, 4, 1):
-        train_gpt2.main([*common, f"--batch_size={size}", f"--out_dir={tmp_path / str(size)}"])
-        found.append([float(row["train_loss"]) for row in log_of(tmp_path / str(size))[:8]])
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
-    assert found[0] == pytest.approx(found[2], abs=1e-5)
+    for size in ("8", "4", "1"):
+        train_gpt2.main([*common, f"--batch_size={size}", f"--out_dir={tmp_path / size}"])
+        found.append([float(row["train_loss"]) for row in log_of(tmp_path / size)[:8]])
+        assert found[0] == pytest.approx(found[-1], abs=1e-5)
 
 
 def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, capsys):
@@ -167,50 +161,10 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, c
     assert f"\n{path} on {argv[0][11:]}: {last:.4f}, " in capsys.readouterr().out
 
 
-def test_a_folder_is_locked_until_the_run_ends(small_run, tmp_path, monkeypatch):
-    """To its last file; and it is free after any end, also while a notebook keeps the error."""
-    locks, write_report = [], train_gpt2.write_report
-
-    def watched(run, rows):
-        locks.append(train_gpt2.lock_folder(run.folder))  # None: the run still has it
-        return write_report(run, rows)
-
-    def fail(*_):
-        raise train_gpt2.UserError("no")
-    monkeypatch.setattr(train_gpt2, "write_report", watched)
-    train_gpt2.main([*small_run, "--max_steps=3"])
-    assert len(locks) > 1 and not any(locks)
-    train_gpt2.lock_folder(tmp_path / "run").release()
-    monkeypatch.setattr(train_gpt2, "announce", fail)
-    with pytest.raises(SystemExit) as kept:
-        train_gpt2.main([*small_run, f"--out_dir={tmp_path / 'fails'}"])
-    assert kept.value.code == 2 and train_gpt2.lock_folder(tmp_path / "fails")
-
-
-def test_options_and_presets_learn_real_text(shared_file, tmp_path, monkeypatch):
-    """After 200 steps the loss is well below the unigram baseline: the context is used."""
-    monkeypatch.chdir(tmp_path)
-    text, folder = str(shared_file("tinyshakespeare.txt")), "data/shakespeare"
-    prepare_data.main([text, "--tokenizer=char", f"--out_dir={folder}"])
-    baselines = train_gpt2.open_data(folder).meta["landmarks"]
-    assert baselines["unigram"] == pytest.approx(3.35, abs=0.02)
-    for options in (["--pos_encoding=sinusoidal", "--activation=relu", "--attention=manual"],
-                    ["--preset=tinystories_char"], ["--preset=shakespeare_cpu"]):
-        train_gpt2.main([*options, f"--data_dir={folder}", "--rows=stream", "--max_steps=200",
-                         "--n_layer=2", "--n_embd=64", "--block_size=32", "--eval_every=200",
-                         "--eval_tokens=20000", "--out_dir=run", "--overwrite"])
-        assert 1.5 < float(log_of(tmp_path / "run")[-1]["val_loss"]) < 2.8
-
-
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
-    """It ends in time, however seldom it is logged, and leaves no trace in the weights."""
+    """However seldom it is logged, and without a trace in the weights."""
     seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--sample_every=100000",
               "--checkpoint_every=100000", "--max_steps=100"]
-    began = time.perf_counter()
-    assert train_gpt2.main([*seldom, "--max_steps=100000", "--max_minutes=0.03",
-                            f"--out_dir={tmp_path / 'long'}"]) == 0
-    assert 1.8 <= time.perf_counter() - began < 20
-    capsys.readouterr()
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0
     assert "the same command resumes it" in capsys.readouterr().out
     assert train_gpt2.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 100
@@ -226,13 +180,11 @@ def test_throughput_is_that_of_training_alone(small_run, tmp_path, monkeypatch):
     evaluate, clock, hours = train_gpt2.evaluate, time.perf_counter, []
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: hours.append(1) or evaluate(*args))
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: clock() + 3600 * len(hours))
-    train_gpt2.main([*small_run, "--log_every=10", "--sample_every=10"])
-    rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
-    assert [int(row["step"]) for row in rows] == [0, 10, 20, 29]
-    assert not rows[0]["tokens_per_second"]
-    tokens = [int(row["tokens"]) for row in rows]
-    slowest = min(float(row["tokens_per_second"]) for row in rows[1:])
-    assert slowest > (tokens[2] - tokens[1]) / 60  # with an hour more it would be less
+    train_gpt2.main([*small_run, "--log_every=10"])
+    first, *rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
+    assert not first["tokens_per_second"] and len(rows) == 3
+    tokens = int(rows[1]["tokens"]) - int(rows[0]["tokens"])
+    assert all(float(row["tokens_per_second"]) > tokens / 60 for row in rows)
 
 
 def test_signals(monkeypatch):
@@ -266,13 +218,9 @@ def test_signals(monkeypatch):
     assert left == [128 + signal.SIGINT]
 
 
-def test_machines_that_lack_something(small_run, tmp_path, monkeypatch):
-    """Without a compiler torch.compile warns, and the run trains; MPS takes one process."""
+def test_without_a_compiler(small_run, tmp_path):
+    """A run that asks for torch.compile warns, and trains."""
     run = start([*small_run, "--max_steps=3", "--compile_model=True", "--device=cpu"],
                 CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0 and "torch.compile does not work here" in output
-    monkeypatch.setattr(train_gpt2, "pick_device", lambda *args: torch.device("mps"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(train_gpt2.UserError, match="MPS"):
-        train_gpt2.World(train_gpt2.Settings())
