@@ -52,7 +52,8 @@ def uncached_text(model, idx, count):
 @torch.no_grad()
 def check_model(train_gpt2, model, folder):
     """The cache, generate and evaluate compute what GPT.forward computes."""
-    idx = torch.randint(model.config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.randint(model.config.vocab_size, (1, 60), generator=generator)
     cache = train_gpt2.KVCache(60)
     parts = (idx[:, :40], *idx[:, 40:].split(1, dim=1))
     cached = [model(part, cache=cache)[0][:, -1] for part in parts]
@@ -60,7 +61,7 @@ def check_model(train_gpt2, model, folder):
     assert (torch.stack(cached, dim=1) - plain[:, 39:]).abs().max() < 1e-4
     text, gaps = uncached_text(model, idx[:, :10], 40)
     greedy = model.generate(idx[:, :10], 40, temperature=0)
-    sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), 40)  # until a choice is nearly a tie
+    sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), 40)  # until a tie
     assert torch.equal(greedy[:, :10 + sure], text[:, :10 + sure])
     s = train_gpt2.Settings(data_dir=str(folder), eval_tokens=2000, device="cpu", dtype="float32")
     data = train_gpt2.open_data(folder)
