@@ -5,10 +5,10 @@
     python prepare_data.py "notes/*.jsonl.gz" --text_column=body --tokenizer=gpt2  # or .parquet
     python prepare_data.py shakespeare             # or tinystories: characters
     python prepare_data.py fineweb_edu --max_tokens=500_000_000  # FineWeb-Edu, GPT-2's tokens
-    python prepare_data.py hf:OWNER/NAME:CONFIG    # any data set of the hub
-    python prepare_data.py hellaswag               # HellaSwag's questions
+    python prepare_data.py hf:OWNER/NAME:CONFIG    # of the hub
+    python prepare_data.py hellaswag
     python prepare_data.py gpt2                    # OpenAI's weights -> out/openai-gpt2/best.pt
-    python prepare_data.py my_folder               # a GPT-2 that transformers saved
+    python prepare_data.py my_folder               # of transformers
 
 A source gives documents, a tokenizer turns them into ids, and these go to shards; meta.json,
 written last, describes them. After a stop, the same command continues.
@@ -100,6 +100,7 @@ def prepare(s):
         del settings["vocab_size"]
     progress = claim(folder, settings)
     if progress is None:
+        (folder / PROGRESS).unlink(missing_ok=True)
         print(f"{folder} is complete already")
         return
     parts = open_source(s, paths)
@@ -311,6 +312,8 @@ def character_spec(parts):
             alphabet.update(*(text for text, _ in pieces))
             documents += sum(begins for _, begins in pieces)
     alphabet |= {"\n"} if documents > len(parts) else set()
+    if len(alphabet) > 65_536:
+        raise UserError(f"{len(alphabet):,} distinct characters: use --tokenizer=bpe")
     return {"kind": "char", "alphabet": "".join(sorted(alphabet))}
 
 
@@ -548,7 +551,7 @@ def read_text(path, column, offset):
             try:
                 text, _ = codecs.utf_8_decode(data, "strict", is_last)
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text: byte {data[error.start]:#04x} at "
+                raise UserError(f"{path} is not UTF-8 text: {data[error.start]:#04x} at byte "
                                 f"{offset + error.start:,}; convert it with iconv") from None
             if not is_last:
                 text = text[:safe_cut(text, 0, len(text))]
@@ -796,7 +799,7 @@ class Corpus:
         left, right = pair >> 16, pair & 65_535
         places = places[(self.token[places] == left) & (self.token[self.after[places]] == right)]
         places.sort()
-        if left == right:  # "aaaa" has two, from the left
+        if left == right:
             number = np.arange(len(places))
             follows = np.append(False, self.before[places[1:]] == places[:-1])
             begin = np.maximum.accumulate(np.where(follows, 0, number))

@@ -174,7 +174,7 @@ def test_killed_at_random_instants(tmp_path):
 
 @posix
 def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, capsys):
-    """A limit on the size of files stands for the disk; then the same command ends with the same
+    """A limit on file sizes stands for the disk; then the same command ends with the same
     bytes."""
     import resource
     (tmp_path / "tales.txt").write_bytes("\n".join(documents_of(2000)).encode())

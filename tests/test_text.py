@@ -36,9 +36,30 @@ def test_lines_by_other_names_and_compressed(tmp_path):
         assert prepare(tmp_path / name, tmp_path / f"{name}s")[:2] == ([text[:cut]], [text[cut:]])
 
 
+def test_zstd_is_read_or_refused_in_one_line(tmp_path, capsys):
+    import pyarrow
+    path = tmp_path / "a.jsonl.zst"
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(lines_of({"text": text} for text in TEXTS))
+    if sys.version_info >= (3, 14):
+        assert sum(prepare(path, tmp_path / "out")[:2], []) == TEXTS
+    else:
+        assert "decompress it" in fails(prepare_data.main, [str(path)], capsys)
+
+
+def test_escapes_line_ends_and_keys_of_json(tmp_path):
+    """Half of a surrogate pair is no character; the last of two equal keys counts."""
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "one"}\r\n{"text": "a\\ud800b"}\r\n{"text": "x", "text": "two\\u00e9"}\r\n'
+        b'{"text": "\\ud83d\\ude42"}')
+    texts = sum(prepare(tmp_path / "a.jsonl", tmp_path / "out")[:2], [])
+    assert texts == ["one", "a\ufffdb", "two\u00e9", "\U0001f642"]
+
+
 OTHERS = {  # what a line has beside its text
     "a new key": lambda i: {"tag": "x"} if i > 30 else {},
     "a number that becomes text": lambda i: {"n": i if i < 30 else f"x{i}"},
+    "a null that becomes text": lambda i: {"n": None if i < 30 else "x"},
     "objects that become lists": lambda i: {"m": {"a": 1} if i < 30 else [1]},
     "huge numbers": lambda i: {"n": 10**40, "m": 1e400}}
 
