@@ -1396,6 +1396,9 @@ def adopt_shape(s, given):
         s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
     if s.init_from:
         config = load_checkpoint(s.init_from)["config"]
+        shape = ("n_layer", "n_head", "n_embd", "pos_encoding", "activation")
+        if other := [name for name in shape if given.get(name, config[name]) != config[name]]:
+            raise UserError(f"{s.init_from} has another {', '.join(other)}: leave that out")
         s.block_size = min(given.get("block_size", math.inf), config["block_size"])
 
 

@@ -251,7 +251,7 @@ tales.parquet --text_column=n | is int64, not text
 lists.jsonl --text_column=story | no text in
 cut.parquet | cannot read
 cut.txt.gz | cannot read
-latin.txt | 0xf6 at 7
+latin.txt | 0xf6 at byte 7
 --out_dir=full | something else
 hellaswag --out_dir=mine | another place"""
 
