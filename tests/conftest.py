@@ -18,6 +18,11 @@ FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts: many kills, all s
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first: it runs beside the others."""
+    items.sort(key=lambda item: item.name != "test_the_default_run")
+
+
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory):
     """The folder of the embedded stories, prepared once."""
