@@ -126,6 +126,6 @@ def test_the_default_run(tmp_path, capsys, monkeypatch):
     assert 1 < best / meta["entropy_floor"] < 1.03
     # About 360 follow; three standard deviations are 3 * sqrt(400 * 0.9 * 0.1) = 18, and seeds
     # and processors differ by a few more
-    assert follows >= 330 and new >= 390
+    assert follows >= 330 and new >= 360
     assert train_gpt2.main(["--max_steps=2"]) == 0
     assert "a new run in out" in capsys.readouterr().out
