@@ -110,7 +110,7 @@ def test_different_choices_never_tell_the_same_story():
 def test_the_default_run(tmp_path, capsys, monkeypatch):
     """python train_gpt2.py as a newcomer types it, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    assert train_gpt2.main(["--eval_every=900"]) == 0
+    assert train_gpt2.main([]) == 0
     output = capsys.readouterr().out
     assert "% above the floor" in output and "tokens/s" in output
     meta = json.loads((tmp_path / "data" / "stories" / "meta.json").read_text(encoding="utf-8"))
@@ -123,9 +123,9 @@ def test_the_default_run(tmp_path, capsys, monkeypatch):
     corpus = set(map(text_of, prepare_data.write_stories(seed=1)))
     follows, new = sum(map(bool, map(parse, texts))), sum(text not in corpus for text in texts)
     print(f"{best / meta['entropy_floor']:.4f} of the floor; {follows} follow, {new} are new")
-    # Rounding, and so the processor, decides when attention learns to copy: most runs end within
-    # 1 % of the floor, one was seen at 4.7 %. Of 400 stories about 360 follow then
-    assert 1 < best / meta["entropy_floor"] < 1.1
-    assert follows >= 300 and new >= 360
+    assert 1 < best / meta["entropy_floor"] < 1.03
+    # About 360 follow; three standard deviations are 3 * sqrt(400 * 0.9 * 0.1) = 18, and seeds
+    # and processors differ by a few more
+    assert follows >= 330 and new >= 390
     assert train_gpt2.main(["--max_steps=2"]) == 0
     assert "a new run in out" in capsys.readouterr().out
