@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from train_gpt2 import (
+from train_gpt2 import (  # before torch: it sets how threads wait
     END_OF_TEXT,
     UserError,
     check_ranges,
@@ -44,6 +42,9 @@ from train_gpt2 import (
     write_atomically,
     write_text,
 )
+
+# isort: split
+import torch
 
 
 @dataclass

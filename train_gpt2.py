@@ -36,6 +36,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+# A thread that waits for its siblings first spins, which keeps its core busy. Beside another
+# program the default, a long time, made training up to 10 times as slow; this is some 10 us.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # GNU's OpenMP (Linux)
+os.environ.setdefault("KMP_BLOCKTIME", "1")  # in ms; LLVM's and Intel's (macOS, Windows)
+
 import filelock
 import numpy as np
 import tiktoken
@@ -166,8 +171,9 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
     T, S = q.size(-2), k.size(-2)
     # True where a query (row) may look at a key (column)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    # One fused kernel, but for bfloat16 on a CPU, where it was 1.6 to 6 times as slow
-    if flash and not (q.is_cpu and q.dtype == torch.bfloat16):
+    # One fused kernel, except on a CPU in bfloat16 (where it was 1.6 to 6 times as slow) or with
+    # dropout (which it lacks)
+    if flash and not (q.is_cpu and (q.dtype == torch.bfloat16 or dropout)):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
@@ -175,8 +181,8 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, S)
     scores = scores.masked_fill(~mask, -math.inf)  # e^-inf is a weight of 0
     weights = F.softmax(scores, dim=-1)  # (B, n_head, T, S); each row sums to 1
-    weights = F.dropout(weights, dropout)
-    return weights.to(v.dtype) @ v  # (B, n_head, T, head_dim)
+    weights = dropped(weights.to(v.dtype), dropout)
+    return weights @ v  # (B, n_head, T, head_dim)
 
 
 class CausalSelfAttention(nn.Module):
@@ -190,7 +196,7 @@ class CausalSelfAttention(nn.Module):
         self.flash = config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -214,7 +220,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         # GPT-2's GELU is the tanh approximation (Hendrycks & Gimpel 2016, section 2)
         self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = self.act(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
@@ -258,7 +264,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(  # OpenAI's names, to fit their weights
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
             wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
@@ -1422,6 +1428,21 @@ def sinusoids(block_size, n_embd, std):
     return std * math.sqrt(2) * table  # the rms of a sine is 1/sqrt(2)
 
 
+def dropped(x, p):
+    """Zero a share p of x; scale up the rest, so that sums keep their size."""
+    if not (p and x.is_cpu):
+        return F.dropout(x, p)
+    # F.dropout draws number by number, which took half of a step; here 64 bits give four draws
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
+    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= int(2**16 * p) - 2**15
+    return x * (keep / (1 - p)).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropped(x, self.p) if self.training else x
+
+
 def unembed(x, weight):
     """(B, T, C) states, (V, C) embedding -> (B, T, V) logits."""
     if not (x.is_cuda and len(weight) % 64):
@@ -1493,28 +1514,35 @@ def hellaswag(model, questions, world):
     A question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
     ending of the lowest loss, in total and per token."""
     encode, block_size, device = model.tokenizer.encode, model.config.block_size, world.device
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    by_length = {}  # of the context: [(number, context, endings), ...]
+    for number, (context, endings, _) in enumerate(questions):
+        endings = [encode(ending)[:block_size] for ending in endings]
+        room = block_size + 1 - max(map(len, endings))
+        context = (encode(context) or model.tokenizer.document_start)[-room:]
+        by_length.setdefault(len(context), []).append((number, context, endings))
+    batches = [same[i:i + 8] for same in by_length.values() for i in range(0, len(same), 8)]
     losses, was_training = torch.zeros((len(questions), 4, 2)), model.training
     model.eval()
-    for number in range(world.rank, len(questions), world.size):
-        context, endings, _ = questions[number]
-        endings = [encode(ending)[:block_size] for ending in endings]
-        sizes = torch.tensor([len(ending) for ending in endings])
-        room = block_size + 1 - int(sizes.max())
-        context = (encode(context) or model.tokenizer.document_start)[-room:]
+    for batch in batches[world.rank::world.size]:  # of N questions with S tokens of context
+        numbers, contexts, endings = zip(*batch, strict=True)
+        contexts = torch.tensor(contexts)  # (N, S)
+        y = nn.utils.rnn.pad_sequence(
+            [torch.tensor(ending) for four in endings for ending in four],
+            batch_first=True, padding_value=-1)  # (4N, longest)
         # The context's last token predicts the ending's first
-        x = pad([torch.tensor([context[-1], *ending[:-1]]) for ending in endings])
-        y = pad([torch.tensor(ending) for ending in endings], padding_value=-1)  # (4, longest)
-        cache = KVCache(len(context) + y.size(1))
+        last = contexts[:, -1:].repeat_interleave(4, dim=0)  # (4N, 1)
+        x = torch.cat((last, y[:, :-1].clamp(min=0)), dim=1)  # (4N, longest)
+        cache = KVCache(contexts.size(1) + y.size(1))
         with world.autocast():
-            if len(context) > 1:
-                # The context is read once; its endings go on from the cache as one batch
-                model(torch.tensor([context[:-1]], device=device), cache=cache)
-                cache.store = {layer: [room.repeat(4, 1, 1, 1) for room in rooms]
+            if contexts.size(1) > 1:
+                # A context is read once; its endings go on from the cache
+                model(contexts[:, :-1].to(device), cache=cache)
+                cache.store = {layer: [room.repeat_interleave(4, dim=0) for room in rooms]
                                for layer, rooms in cache.store.items()}
-            logits, _ = model(x.to(device), y.to(device), cache)  # (4, longest, V)
-        nats = token_losses(logits, y).sum(dim=1)  # (4,)
-        losses[number] = torch.stack((nats, nats / sizes), dim=1)
+            logits, _ = model(x.to(device), y.to(device), cache)  # (4N, longest, V)
+        nats = token_losses(logits, y).sum(dim=1)  # (4N,)
+        found = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
+        losses[list(numbers)] = found.view(-1, 4, 2)
     model.train(was_training)
     return world.reduce(losses).argmin(dim=1).cpu()
 

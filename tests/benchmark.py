@@ -12,12 +12,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
 
 
 @dataclass
