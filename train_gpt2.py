@@ -357,29 +357,25 @@ class KVCache:
         return [room[:, :, :end] for room in self.store[layer]]
 
 
-@torch.no_grad()
 def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
     """Yield (token, logits) max_new_tokens times: the next token of each row of idx, (B,) int64,
     and the scores that it was drawn from, (B, V) float32. idx is (B, T) int64, of which the last
     block_size are read. When the context is full, the older half is forgotten and the newer half
     read again from position 0."""
-    block_size, was_training = model.config.block_size, model.training
+    block_size = model.config.block_size
     generator = torch.Generator(idx.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    model.eval()  # no dropout
-    try:
-        idx = unread = idx[:, -block_size:]
-        cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
-        for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > block_size:
-                unread, cache.length = idx[:, -max(1, block_size // 2):], 0
+    idx = unread = idx[:, -block_size:]
+    cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    for _ in range(max_new_tokens):
+        if cache.length + unread.size(1) > block_size:
+            unread, cache.length = idx[:, -max(1, block_size // 2):], 0
+        with evaluating(model):  # no dropout, no gradients
             logits, _ = model(unread, cache=cache)  # (B, 1, V)
-            logits = logits[:, -1].float()  # (B, V)
-            unread = sample_token(logits, temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, unread), dim=1)[:, -block_size:]
-            yield unread[:, 0], logits
-    finally:
-        model.train(was_training)
+        logits = logits[:, -1].float()  # (B, V)
+        unread = sample_token(logits, temperature, top_k, top_p, generator)
+        idx = torch.cat((idx, unread), dim=1)[:, -block_size:]
+        yield unread[:, 0], logits
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -1093,8 +1089,6 @@ class Data:
 def open_data(data_dir):
     """Read meta.json; shards without one are GPT-2 tokens. Raises UserError where it is damaged."""
     path = Path(data_dir) / "meta.json"
-    if not os.path.isdir(data_dir):
-        raise UserError(f"there is no data in {data_dir}; {how_to_prepare(data_dir)}")
     if not os.path.exists(path):
         shard_paths(data_dir)
         return Data({}, Tokenizer({"kind": "gpt2"}))
@@ -1307,8 +1301,7 @@ class World:
 def pick_device(name, local_rank=0):
     """CUDA, else MPS, else CPU; or the one named, if it is here."""
     if name == "auto":
-        here = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if here else "cpu"
+        name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
@@ -1406,7 +1399,7 @@ def check_shape(c):
             or c.n_embd % c.n_head or odd or not 0 <= c.dropout < 1 \
             or c.n_embd * (c.block_size + c.vocab_size + 12 * c.n_layer * c.n_embd) > 2.5e11:
         raise UserError(f"no model has this shape: {c}. n_embd must be a multiple of n_head (and "
-                        "even with sinusoids), n_layer at most 1,024, all below 1,000 GB")
+                        "even with sinusoids), n_layer at most 1,024")
 
 
 def sinusoids(block_size, n_embd, std):
@@ -1455,7 +1448,17 @@ def token_losses(logits, targets):
     return nats.view(targets.shape).cpu()
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model):
+    """No dropout and no gradients inside the with block."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        model.train(was_training)
+
+
 def evaluate(model, loader, s, world, data):
     """Measure the validation rows, always the same ones: {column of the log: value}.
 
@@ -1472,11 +1475,9 @@ def evaluate(model, loader, s, world, data):
     at_once = max(1, min(4096, 2**27 // len(token_bytes)) // s.block_size)
     batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
     sums = torch.zeros((len(batches), 2 + len(SKILLS)), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
     for i in range(world.rank, len(batches), world.size):
         x, y = loader.batch(batches[i])
-        with world.autocast():
+        with evaluating(model), world.autocast():
             logits, _ = model(x.to(world.device))
         known = y != -1
         nats, targets = token_losses(logits, y)[known].double(), y[known]  # (tokens,) by row
@@ -1487,7 +1488,6 @@ def evaluate(model, loader, s, world, data):
                                     for shard, start, length in places])
         by_skill = np.bincount(skill, nats, minlength=len(SKILLS))
         sums[i] = torch.tensor([len(targets), token_bytes[targets].sum(), *by_skill])
-    model.train(was_training)
     tokens, size, *nats = world.reduce(sums).cpu().sum(dim=0).tolist()
     found = {"val_loss": sum(nats) / tokens,
              "val_bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
@@ -1498,7 +1498,6 @@ def evaluate(model, loader, s, world, data):
     return found
 
 
-@torch.no_grad()
 def hellaswag(model, questions, world):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)?
 
@@ -1512,8 +1511,7 @@ def hellaswag(model, questions, world):
         context = (encode(context) or model.tokenizer.document_start)[-room:]
         by_length.setdefault(len(context), []).append((number, context, endings))
     batches = [same[i:i + 8] for same in by_length.values() for i in range(0, len(same), 8)]
-    losses, was_training = torch.zeros((len(questions), 4, 2)), model.training
-    model.eval()
+    losses = torch.zeros((len(questions), 4, 2))
     for batch in batches[world.rank::world.size]:  # of N questions with S tokens of context
         numbers, contexts, endings = zip(*batch, strict=True)
         contexts = torch.tensor(contexts)  # (N, S)
@@ -1524,7 +1522,7 @@ def hellaswag(model, questions, world):
         last = contexts[:, -1:].repeat_interleave(4, dim=0)  # (4N, 1)
         x = torch.cat((last, y[:, :-1].clamp(min=0)), dim=1)  # (4N, longest)
         cache = KVCache(contexts.size(1) + y.size(1))
-        with world.autocast():
+        with evaluating(model), world.autocast():
             if contexts.size(1) > 1:
                 # A context is read once; its endings go on from the cache
                 model(contexts[:, :-1].to(device), cache=cache)
@@ -1534,7 +1532,6 @@ def hellaswag(model, questions, world):
         nats = token_losses(logits, y).sum(dim=1)  # (4N,)
         found = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
         losses[list(numbers)] = found.view(-1, 4, 2)
-    model.train(was_training)
     return world.reduce(losses).argmin(dim=1).cpu()
 
 
