@@ -21,6 +21,7 @@ import hashlib
 import heapq
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -71,7 +72,7 @@ from train_gpt2 import (
 @dataclass
 class Settings:
     dataset: str = "stories"  # a name from above, or .txt, .jsonl, .parquet files (globs, .gz too)
-    tokenizer: Literal["auto", "gpt2", "bpe", "char"] = "auto"  # auto: as above
+    tokenizer: Literal["auto", "gpt2", "bpe", "sentencepiece", "char"] = "auto"  # auto: as above
     vocab_size: int = 1024  # of a bpe: bytes, merges and <|endoftext|>
     text_column: str = "text"  # the column of a .jsonl, .parquet or hf: data set with the text
     out_dir: str = ""  # empty: data/<dataset>, plus _<tokenizer> if that is not the usual one
@@ -96,7 +97,7 @@ def prepare(s):
     del settings["out_dir"]
     if paths:
         settings["dataset"] = [f"{Path(path).name} {checksum(path):08x}" for path in paths]
-    if kind != "bpe":
+    if kind in ("gpt2", "char"):
         del settings["vocab_size"]
     progress = claim(folder, settings)
     if progress is None:
@@ -298,11 +299,29 @@ def make_tokenizer(kind, parts, s):
             room -= len(text.encode())
         if room <= 0:
             break
-    merges = train_bpe(texts, s.vocab_size)
-    if len(merges) < s.vocab_size - 257:
-        print(f"the text ran out of pairs: the vocabulary has {len(merges) + 257:,} tokens, "
-              f"not {s.vocab_size:,}")
-    return bpe_spec(merges)
+    spec = train_sentencepiece(texts, s.vocab_size) if kind == "sentencepiece" else \
+        bpe_spec(train_bpe(texts, s.vocab_size))
+    if (size := len(spec["ranks"]) + 1) < s.vocab_size:
+        print(f"the text ran out of pairs: {size:,} tokens, not {s.vocab_size:,}")
+    return spec
+
+
+def train_sentencepiece(texts, vocab_size):
+    """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
+    unknown token, <|endoftext|>. Every text comes back, but U+2581, its space, as a space."""
+    model = io.BytesIO()
+    pieces = (part for text in texts for part in safe_pieces(text, 1000))  # 4,192 bytes at most
+    with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
+        import sentencepiece
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, required_chars="▁", normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, hard_vocab_limit=False,
+            unk_id=256, bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2)
+        learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    names = learned.id_to_piece([*range(257, len(learned))])
+    return bpe_spec((name.replace("▁", " ").encode(), b"") for name in names) | {
+        "kind": "sentencepiece", "model": model.getvalue().decode("latin-1")}
 
 
 def character_spec(parts):
@@ -323,7 +342,8 @@ def encode_array(tokenizer, text):
     lost: decoding gives the same bytes."""
     if tokenizer.spec["kind"] == "char":
         return np.fromiter(map(tokenizer.ids.get, text), np.uint16, len(text))
-    ids = [tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
+    ids = [tokenizer.encode(piece) if tokenizer.spec["kind"] == "sentencepiece" else
+           tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
            for piece in safe_pieces(text, LONGEST)]
     return np.concatenate(ids).astype(np.uint16)
 

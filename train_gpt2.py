@@ -970,9 +970,9 @@ class Tokenizer:
     """Text <-> token ids. `spec` is what meta.json and checkpoints keep of it:
 
     {"kind": "gpt2"}, OpenAI's 50,257 tokens; {"kind": "bpe", "ranks": [...]}, a byte-level BPE,
-    its tokens in order, a character per byte; {"kind": "char", "alphabet": "..."}, the characters
-    of one corpus. `eot` is the id of <|endoftext|>, None for char. Raises UserError for another
-    spec or a missing vocabulary."""
+    its tokens in order, a character per byte; {"kind": "sentencepiece"}, "ranks" and the "model";
+    {"kind": "char", "alphabet": "..."}, the characters of one corpus. `eot` is the id of
+    <|endoftext|>, None for char. Raises UserError for another spec or a missing vocabulary."""
 
     def __init__(self, spec):
         self.spec, self.eot, kind = spec, None, None
@@ -980,25 +980,26 @@ class Tokenizer:
             kind = spec["kind"]
             if kind == "char":
                 self.ids = {character: i for i, character in enumerate(spec["alphabet"])}
-                self.tokens = [character.encode("utf-8") for character in spec["alphabet"]]
+                self.tokens = [character.encode() for character in spec["alphabet"]]
             elif kind == "gpt2":
                 self.encoding = tiktoken.get_encoding("gpt2")
                 self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
             else:
                 self.tokens = [token.encode("latin-1") for token in spec["ranks"]]
+            if kind == "bpe":
                 self.encoding = tiktoken.Encoding(
                     "bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: len(self.tokens)},
                     mergeable_ranks={token: i for i, token in enumerate(self.tokens)})
             bytes_of = {token for token in self.tokens if len(token) == 1}
-            if not 0 < len(set(self.tokens)) == len(self.tokens) or \
+            if kind != "sentencepiece" and not 0 < len(set(self.tokens)) == len(self.tokens) or \
                     kind == "bpe" and len(bytes_of) < 256:
                 raise ValueError("tokens must be distinct and write all bytes")
         except Exception as error:  # no vocabulary, no library, or a damaged spec
             hint = "; offline, set TIKTOKEN_CACHE_DIR or use --tokenizer=bpe" * (kind == "gpt2")
             raise UserError(f"no tokenizer of {str(spec)[:50]}: {error!r:.150}{hint}") from None
         if kind != "char":
-            self.eot = len(self.tokens)
-            self.tokens.append(END_OF_TEXT.encode("utf-8"))
+            self.eot = 256 if kind == "sentencepiece" else len(self.tokens)
+            self.tokens.insert(self.eot, END_OF_TEXT.encode())
         self.vocab_size = len(self.tokens)
 
     @property
@@ -1006,8 +1007,18 @@ class Tokenizer:
         """The ids before a document: <|endoftext|>, or a line break in a corpus of characters."""
         return [self.eot] if self.eot is not None else [self.ids.get("\n", 0)]
 
+    @functools.cached_property
+    def sentencepiece(self):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise UserError("to encode text: pip install sentencepiece") from None
+        return SentencePieceProcessor(model_proto=self.spec["model"].encode("latin-1"))
+
     def encode(self, text):
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
+        if self.spec["kind"] == "sentencepiece":
+            return self.sentencepiece.encode(text.encode(errors="replace"))
         if self.eot is not None:
             return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
         if unknown := set(text) - self.ids.keys():
@@ -1020,7 +1031,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids -> str, with U+FFFD for bytes that are not UTF-8."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def token_bytes(self):
         """(vocab_size,) int64: bytes of text per token; 0 for <|endoftext|>."""
