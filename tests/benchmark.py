@@ -2,14 +2,17 @@
 
     python tests/benchmark.py                  # GPT-2 124M: training, sampling; preparation
     python tests/benchmark.py --device=cuda --rows=16 --block_size=1024
+    python tests/benchmark.py --tokenizers=FILE.txt  # our BPE beside those of other libraries
 """
 import contextlib
+import importlib.util
 import os
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +29,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
     rows: int = 4  # in a training batch
     block_size: int = 256  # tokens in a row
+    tokenizers: str = ""  # a text file: only compare the tokenizers that learn from it
 
 
 def median_seconds(device, count, function):
@@ -72,9 +76,59 @@ def preparing(tokenizer, folder):
     return path.stat().st_size / 1e6 / (time.perf_counter() - began)
 
 
+# ---- Tokenizers ----
+# Each function learns a vocabulary of this size from a text, and returns a function that encodes
+
+
+def ours(text, vocab_size):
+    spec = prepare_data.bpe_spec(prepare_data.train_bpe([text], vocab_size))
+    return partial(prepare_data.encode_array, train_gpt2.Tokenizer(spec))
+
+
+def sentencepiece(text, vocab_size):
+    spec = prepare_data.train_sentencepiece([text], vocab_size)
+    return partial(prepare_data.encode_array, train_gpt2.Tokenizer(spec))
+
+
+def rust(text, vocab_size):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[train_gpt2.END_OF_TEXT], show_progress=False,
+        initial_alphabet=byte_level.alphabet()))
+    return lambda text: tokenizer.encode(text).ids
+
+
+LIBRARIES = {"prepare_data": ours, "sentencepiece": sentencepiece, "tokenizers": rust}
+
+
+def compare_tokenizers(path):
+    """A table of those that are installed, trained on the first nine tenths of a text."""
+    with prepare_data.one_line(f"cannot read {path}"):
+        text = Path(path).read_bytes().decode("utf-8")
+    cut = int(len(text) * 0.9)
+    size = len(text[cut:].encode())
+    found = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    print(f"bytes per token on the last tenth ({size:,} bytes), seconds of training")
+    print("| vocabulary |", " | ".join(found), "|")
+    print("| --- " * (len(found) + 1) + "|")
+    for vocab_size in (1024, 4096, 9157):
+        cells = []
+        for name in found:
+            began = time.perf_counter()
+            encode = LIBRARIES[name](text[:cut], vocab_size)
+            seconds = time.perf_counter() - began
+            cells.append(f"{size / len(encode(text[cut:])):.3f}, {seconds:.1f} s")
+        print(f"| {vocab_size:,} |", " | ".join(cells), "|", flush=True)
+
+
 @train_gpt2.reports_mistakes
 def main(argv=None):
     s, _ = train_gpt2.parse_settings(Settings, argv, __doc__)
+    if s.tokenizers:
+        compare_tokenizers(s.tokenizers)
+        return 0
     train_gpt2.keep_memory()
     world = train_gpt2.World(train_gpt2.Settings(device=s.device))
     config = train_gpt2.GPTConfig(block_size=max(s.block_size, 128))
