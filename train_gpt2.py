@@ -1018,7 +1018,9 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
         if self.spec["kind"] == "sentencepiece":
-            return self.sentencepiece.encode(text.encode(errors="replace"))
+            # It means a space by ▁: a ▁ of the text itself is written in bytes
+            parts = text.encode(errors="replace").split(bar := "▁".encode())
+            return [i for part in parts for i in (*bar, *self.sentencepiece.encode(part))][3:]
         if self.eot is not None:
             return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
         if unknown := set(text) - self.ids.keys():
