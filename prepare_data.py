@@ -22,7 +22,6 @@ import heapq
 import importlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -123,7 +122,7 @@ def prepare(s):
         meta |= entropy_floor(s, folder, tokenizer, meta["val"])
     finish(folder, meta, settings)
     if skipped := sum(part.skipped for part in parts.values()):
-        unit = "lines" if paths and file_kind(paths[0]) == "lines" else "rows"
+        unit = file_kind(paths[0]) if paths else "rows"
         print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
 
 
@@ -295,9 +294,10 @@ def make_tokenizer(kind, parts, s):
     texts, room = [], BPE_SAMPLE
     for _, pieces in parts["train"].batches():
         for text, _ in pieces:
-            texts.append(text.encode()[:max(0, room)].decode("utf-8", "ignore"))
-            room -= len(text.encode())
-        if room <= 0:
+            start = text.encode()[:room]
+            texts.append(start.decode("utf-8", "ignore"))
+            room -= len(start)
+        if not room:
             break
     spec = train_sentencepiece(texts, s.vocab_size) if kind == "sentencepiece" else \
         bpe_spec(train_bpe(texts, s.vocab_size))
@@ -450,12 +450,12 @@ def write_split(s, path, part, tokenizer, at, save):
 
 
 def write_shard(path, tokens):
-    """Writes a shard in llm.c's format, atomically. tokens: ids below 65,536, or a generator of
-    arrays of them, which need not fit into memory together."""
+    """Writes a shard in llm.c's format, atomically. tokens: ids below 65,536, or arrays of them,
+    which need not fit into memory together."""
     def write(file):
         header = np.zeros(256, "<i4")
         file.write(header.tobytes())
-        for piece in tokens if inspect.isgenerator(tokens) else [tokens]:
+        for piece in tokens:
             file.write(np.ascontiguousarray(piece, dtype="<u2").data)
         header[:3] = 20240520, 1, (file.tell() - header.nbytes) // 2
         file.seek(0)
@@ -491,8 +491,8 @@ def baselines(train, val, vocab_size):
             np.add.at(pairs, ids[:-1] * vocab_size + ids[1:], np.uint32(1))
     unigram = counts / counts.sum()  # (V,)
     table = pairs.reshape(-1, vocab_size)  # (V, V)
-    follow = np.array([row.sum(dtype=np.int64) for row in table])  # (V,)
-    kinds = np.array([max(np.count_nonzero(row), 1) for row in table])  # (V,)
+    follow = table.sum(1, np.int64)  # (V,)
+    kinds = np.maximum(np.count_nonzero(table, 1), 1)  # (V,)
     targets, nats = 0, collections.Counter()
     for ids in overlapping(val):
         first, second = ids[:-1], ids[1:]
@@ -523,9 +523,9 @@ def finish(folder, meta, settings):
         m = meta[split]
         print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, "
               f"{m['bytes'] / m['tokens']:.2f} bytes per token")
-    values = meta["landmarks"] | {key: meta[key] for key in ("entropy_floor",) if key in meta}
+    values = meta["landmarks"] | {"entropy_floor": meta.get("entropy_floor")}
     print(f"{meta['tokenizer']['kind']} tokenizer; baselines in nats per token: "
-          + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+          + ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value))
     where = folder.as_posix()
     presets = [preset for preset, change in PRESETS.items() if change.get("data_dir") == where]
     options = f" --preset={' or '.join(presets)}" if presets else "" if where == "data/stories" \
@@ -764,94 +764,109 @@ def train_bpe(texts, vocab_size):
     # A heap gives its smallest entry first: counts are negated, and a byte b is 255 - b. A
     # character above all bytes closes a token: "ab" is greater than "a"
     inverted = [chr(255 - byte) + chr(256) for byte in range(256)]
-    counts, where, heap, merges = {}, {}, [], []
-    born = corpus.pairs(np.arange(len(corpus.token) - 1, dtype=np.int32))
+    counts, merges, heap = corpus.count(), [], []
+    rare, floor = [*counts], 1 << 62  # most pairs are rarer than all merges: they skip the heap
+
+    def enter(pair):
+        if counts[pair] < floor:
+            rare.append(pair)
+        else:
+            names = inverted[pair >> 16], inverted[pair & 65_535]
+            heapq.heappush(heap, (-counts[pair], *names, pair))
+
     with tqdm(total=vocab_size - 257, desc="merges", disable=None) as bar:
-        while len(merges) < vocab_size - 257:
-            # A pair's places are born at once, with its newer token; then its count only falls
-            for pair, count, places in born:
-                counts[pair], where[pair] = count, places
-                heapq.heappush(heap, (-count, inverted[pair >> 16], inverted[pair & 65_535], pair))
-            while heap and -heap[0][0] != counts[pair := heap[0][3]]:
-                entry = heapq.heappop(heap)
-                if counts[pair]:
-                    heapq.heappush(heap, (-counts[pair], *entry[1:]))
+        while len(merges) < vocab_size - 257 and floor:
             if not heap:
-                break
-            heapq.heappop(heap)
+                floor //= 2
+                waiting, rare = rare, []
+                for pair in waiting:
+                    enter(pair)
+                continue
+            count, *_, pair = heapq.heappop(heap)
+            if -count > counts[pair]:  # it fell since it entered
+                enter(pair)
+                continue
             left, right = tokens[pair >> 16], tokens[pair & 65_535]
             merges.append((left, right))
-            lost, born = corpus.merge(pair, where.pop(pair), len(tokens))
-            for other, count, _ in lost:
-                counts[other] -= count
             tokens.append(left + right)
             inverted.append("".join(chr(255 - byte) for byte in left + right) + chr(256))
+            for made, gone, count in corpus.merge(pair, len(tokens) - 1):
+                counts[gone] -= count
+                counts[made] = count  # that of a new pair is complete, and can only fall
+                enter(made)
             bar.update()
     return merges
 
 
+NO_TOKEN = 255  # a byte that is not in UTF-8: between words, and where a merge took a token out
+
+
 class Corpus:
-    """Distinct words as one row of tokens; a pair of tokens is left * 65,536 + right."""
+    """Distinct words as one row of tokens; a pair of tokens is left << 16 | right."""
 
     def __init__(self, words):
-        sizes = [1, *(len(word.encode()) + 1 for word in words)]
-        self.token = np.frombuffer("\n".join(["", *words, ""]).encode(), np.uint8).astype(np.int32)
-        self.token[np.cumsum(sizes) - 1] = -1
-        self.weight = np.repeat([1, *words.values()], sizes)
-        self.after = np.arange(1, len(self.token) + 1, dtype=np.int32)  # the next place
-        self.before = self.after - 2  # the last: merges take places out
+        words = {word.encode(): count for word, count in words.items()}
+        row = b"\xff".join([b"", *words, b""])
+        self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
+        self.weight = np.repeat([1, *words.values()], [1, *(len(word) + 1 for word in words)])
+        self.after = np.arange(1, len(row) + 1, dtype=np.int32)  # the next token's place
+        self.before = self.after - 2
+        self.where = {}  # a pair's newer token, 255 for two bytes: (sorted pairs, their places)
 
-    def pairs(self, places):
-        """[(pair, its count, its places), ...] of the pairs that begin at these places."""
-        left, right = self.token[places], self.token[self.after[places]]
-        inside = (left >= 0) & (right >= 0)
-        pairs, places = (left.astype(np.int64) << 16 | right)[inside], places[inside]
-        order = np.argsort(pairs)
-        pairs, places = pairs[order], places[order]
-        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        counts = np.add.reduceat(self.weight[places], starts).tolist()
-        groups = itertools.pairwise([*starts.tolist(), len(places)])
-        return [(pair, count, places[slice(*group)])
-                for pair, count, group in zip(pairs[starts].tolist(), counts, groups, strict=False)]
+    def count(self):
+        """{pair of bytes: its count}"""
+        first, last = self.token[:-1], self.token[1:]
+        places = np.flatnonzero((first != NO_TOKEN) & (last != NO_TOKEN)).astype(np.int32)
+        places = places[np.argsort(first[places] << 8 | last[places], kind="stable")]
+        pairs, counts = self.add(255, join(first[places], last[places]), places)
+        return dict(zip(pairs.tolist(), counts.tolist(), strict=True))
 
-    def merge(self, pair, places, new):
-        """Makes a pair the token `new`. Returns the pairs that this takes apart and makes."""
+    def add(self, newer, pairs, places):
+        """Keeps sorted pairs and their places. Returns the distinct pairs and their counts."""
+        self.where[newer] = pairs, places
+        begins = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])[:len(pairs)])
+        return pairs[begins], np.add.reduceat(self.weight[places], begins)
+
+    def merge(self, pair, new):
+        """Makes a pair the token `new`. Yields (pair that appears, pair it replaces, count)."""
         left, right = pair >> 16, pair & 65_535
+        pairs, places = self.where[max(left, right, 255)]
+        begin, end = np.searchsorted(pairs, np.array([pair, pair + 1], np.uint32))
+        places = places[begin:end]
         places = places[(self.token[places] == left) & (self.token[self.after[places]] == right)]
-        places.sort()
-        if left == right:
+        if left == right:  # in a run of one token, every other place begins a pair
             number = np.arange(len(places))
             follows = np.append(False, self.before[places[1:]] == places[:-1])
             begin = np.maximum.accumulate(np.where(follows, 0, number))
             places = places[(number - begin) % 2 == 0]
         second = self.after[places]
-        lost = self.around(places, second)
-        self.token[places], self.token[second] = new, -1
-        self.after[places] = self.after[second]
-        self.before[self.after[places]] = places
-        return lost, self.around(places, places)
+        before, after = self.before[places], self.after[second]
+        self.token[places], self.token[second] = new, NO_TOKEN
+        self.after[places], self.before[after] = after, places
+        first, last = self.token[before], self.token[after]
+        ahead, behind = first != NO_TOKEN, last != NO_TOKEN
+        first, last = first[ahead], last[behind]
+        # Sorted by the other token, of 16 bits, which numpy does in linear time
+        order = np.append(np.argsort(first, kind="stable"),
+                          np.argsort(last, kind="stable") + len(first))
+        pairs = np.append(join(first, new), join(new, last))[order]
+        pairs, counts = self.add(new, pairs, np.append(before[ahead], places[behind])[order])
+        first, last = pairs >> 16, pairs & 65_535
+        # What stands before `new` stood before `left`, what follows it followed `right`
+        gone = join(np.where(first == new, right, first), np.where(last == new, left, last))
+        return zip(pairs.tolist(), gone.tolist(), counts.tolist(), strict=True)
 
-    def around(self, places, ends):
-        """The pairs before and after tokens that begin at `places` and end at `ends`."""
-        before = self.before[places]
-        alone = np.append(True, before[1:] != ends[:-1])  # else it is among the ends
-        return self.pairs(np.concatenate([before[alone], ends]))
+
+def join(left, right):
+    return np.left_shift(left, 16, dtype=np.uint32) | np.uint32(right)
 
 
 def count_words(texts):
-    """{word: how often it occurs}; words are what GPT-2's pattern finds. A faster pattern cuts at
-    white space first, and the slow one sees each distinct piece once."""
-    pieces, words = collections.Counter(), collections.Counter()
-    # For `re`, unlike Unicode and GPT-2's pattern, four control characters are white space
-    space, other = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
-    cut = re.compile(f" ?{other}+|{space}+(?!{other})|{space}+")
+    """{word: how often it occurs}; words are what GPT-2's pattern finds."""
+    words, pattern = collections.Counter(), regex.compile(SPLIT_PATTERN)
     for text in texts:
-        for part in safe_pieces(text, PIECE):  # the list of all words of a huge text would be huge
-            pieces.update(cut.findall(part))
-    split = regex.compile(SPLIT_PATTERN)
-    for piece, count in pieces.items():
-        for word in split.findall(piece) if not piece.isspace() else [piece]:
-            words[word] += count
+        for piece in safe_pieces(text, PIECE):  # the list of a huge text's words would be huge
+            words.update(pattern.findall(piece))
     return words
 
 

@@ -179,7 +179,8 @@ def naive_bpe(texts, vocab_size):
 @pytest.mark.parametrize("text", [
     "low low low lower lowest newer newest wider", "aaaa aaa aa a baaab aaaaaaaa", "", "x",
     "abab baba abba " * 3, "the cat sat on the mat, the cat! 123 123 1234",
-    "漢字 漢字 漢 🙂🙂 🙂🏽 é é", " ".join(TEXTS[:20]), "a\u3000 b x \u2003y 's n't \x1c a\x85 c"])
+    "漢字 漢字 漢 🙂🙂 🙂🏽 é é", " ".join(TEXTS[:20]), "a\u3000 b x \u2003y 's n't \x1c a\x85 c",
+    "".join(random.Random(0).choices("ACGT", k=2000)), "ab" * 99 + "a" * 50 + "b" * 51])
 def test_merges_are_those_of_a_naive_trainer(text):
     texts = [text, text[::-1]]
     for size in (257, 260, 300):
