@@ -13,6 +13,7 @@
 A source gives documents, a tokenizer turns them into ids, and these go to shards; meta.json,
 written last, describes them. After a stop, the same command continues.
 """
+import bisect
 import codecs
 import collections
 import contextlib
@@ -150,7 +151,7 @@ def claim(folder, settings):
             if other := [name for name in names if not name.endswith(".tmp")]:
                 raise UserError(f"{folder} holds something else ({other[0]}){CHOOSE}")
             return {"settings": settings, "tokenizer": None, "splits": {}}
-        found = json.loads((folder / record).read_text(encoding="utf-8"))
+        found = json.loads((folder / record).read_bytes())
         for key, value in settings.items():
             if (there := found["settings"].get(key)) != value:
                 how = f"with {key}={there}" if key != "dataset" else "from another text"
@@ -592,7 +593,8 @@ def read_lines(path, column, offset):
 def text_in(line, column, place):
     """The text in a line of JSON, None if there is none. Raises UserError if it is not JSON."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # a byte-order mark may stand first
+        # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
+        row = json.loads(line.decode("utf-8-sig"), parse_int=float)
     except (ValueError, RecursionError) as error:
         what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise UserError(f"{place}, is not {what} ({' '.join(str(error).split())[:200]})") from None
@@ -742,6 +744,9 @@ def write_hellaswag(s):
 
 # ---- The BPE trainer ----
 
+BYTES = [bytes([byte]) for byte in range(256)]
+NO_TOKEN = 255  # a byte that is not in UTF-8: between words, and where a merge took a token out
+
 
 def train_bpe(texts, vocab_size):
     """Learns a byte-level BPE (Sennrich et al. 2016, section 3.2; GPT-2 paper, section 2.2).
@@ -756,59 +761,55 @@ def train_bpe(texts, vocab_size):
             words = [merged(word, best) for word in words]
 
     It is faster: equal words are counted together, a merge visits only the places of its pair, and
-    a heap finds the greatest count."""
+    pairs wait in a list for each count. One whose count fell moves on when its list is `top`."""
     if not 257 <= vocab_size <= 65_536:
         raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 to 65,536")
     corpus = Corpus(count_words(texts))
-    tokens = [bytes([byte]) for byte in range(256)]
-    # A heap gives its smallest entry first: counts are negated, and a byte b is 255 - b. A
-    # character above all bytes closes a token: "ab" is greater than "a"
-    inverted = [chr(255 - byte) + chr(256) for byte in range(256)]
-    counts, merges, heap = corpus.count(), [], []
-    rare, floor = [*counts], 1 << 62  # most pairs are rarer than all merges: they skip the heap
+    tokens = [*BYTES]
+    counts, merges, top, heap = corpus.count(), [], [], []
+    waiting = {0: []}
 
-    def enter(pair):
-        if counts[pair] < floor:
-            rare.append(pair)
-        else:
-            names = inverted[pair >> 16], inverted[pair & 65_535]
-            heapq.heappush(heap, (-counts[pair], *names, pair))
+    def names(pair):
+        return tokens[pair >> 16], tokens[pair & 65_535]
 
+    def wait(pair):
+        if (count := counts[pair]) not in waiting:
+            waiting[count] = []
+            heapq.heappush(heap, -count)  # a heap gives its smallest entry first
+        waiting[count].append(pair)
+
+    for pair in counts:
+        wait(pair)
     with tqdm(total=vocab_size - 257, desc="merges", disable=None) as bar:
-        while len(merges) < vocab_size - 257 and floor:
-            if not heap:
-                floor //= 2
-                waiting, rare = rare, []
-                for pair in waiting:
-                    enter(pair)
+        while len(merges) < vocab_size - 257 and (top or heap):
+            if not top:
+                most = -heapq.heappop(heap)
+                top = sorted(waiting.pop(most), key=names)
+            pair = top.pop()
+            if counts[pair] < most:
+                wait(pair)
                 continue
-            count, *_, pair = heapq.heappop(heap)
-            if -count > counts[pair]:  # it fell since it entered
-                enter(pair)
-                continue
-            left, right = tokens[pair >> 16], tokens[pair & 65_535]
-            merges.append((left, right))
-            tokens.append(left + right)
-            inverted.append("".join(chr(255 - byte) for byte in left + right) + chr(256))
+            merges.append(names(pair))
+            tokens.append(b"".join(names(pair)))
             for made, gone, count in corpus.merge(pair, len(tokens) - 1):
                 counts[gone] -= count
-                counts[made] = count  # that of a new pair is complete, and can only fall
-                enter(made)
+                counts[made] = count  # all of it: from now on it can only fall
+                if count == most:
+                    bisect.insort(top, made, key=names)
+                else:
+                    wait(made)
             bar.update()
     return merges
-
-
-NO_TOKEN = 255  # a byte that is not in UTF-8: between words, and where a merge took a token out
 
 
 class Corpus:
     """Distinct words as one row of tokens; a pair of tokens is left << 16 | right."""
 
     def __init__(self, words):
-        words = {word.encode(): count for word, count in words.items()}
-        row = b"\xff".join([b"", *words, b""])
+        row = "\udcff".join(["", *words, ""]).encode("utf-8", "surrogateescape")  # between: 255
         self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
-        self.weight = np.repeat([1, *words.values()], [1, *(len(word) + 1 for word in words)])
+        sizes = np.diff(np.flatnonzero(self.token == NO_TOKEN), prepend=-1)
+        self.weight = np.repeat([1, *words.values()], sizes)
         self.after = np.arange(1, len(row) + 1, dtype=np.int32)  # the next token's place
         self.before = self.after - 2
         self.where = {}  # a pair's newer token, 255 for two bytes: (sorted pairs, their places)
@@ -831,8 +832,7 @@ class Corpus:
         """Makes a pair the token `new`. Yields (pair that appears, pair it replaces, count)."""
         left, right = pair >> 16, pair & 65_535
         pairs, places = self.where[max(left, right, 255)]
-        begin, end = np.searchsorted(pairs, np.array([pair, pair + 1], np.uint32))
-        places = places[begin:end]
+        places = places[slice(*np.searchsorted(pairs, np.array([pair, pair + 1], np.uint32)))]
         places = places[(self.token[places] == left) & (self.token[self.after[places]] == right)]
         if left == right:  # in a run of one token, every other place begins a pair
             number = np.arange(len(places))
@@ -871,14 +871,14 @@ def count_words(texts):
 
 
 def bpe_spec(merges):
-    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    tokens = [*BYTES, *(left + right for left, right in merges)]
     return {"kind": "bpe", "ranks": [token.decode("latin-1") for token in tokens]}
 
 
 # ---- Weights of OpenAI and transformers -> a checkpoint ----
 
 # transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
              scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
@@ -934,7 +934,7 @@ def download_model(name):
 
 def read_config(path):
     """(config for GPTConfig, settings) from a config.json; ValueError if it is no GPT-2's."""
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = json.loads(path.read_bytes())
     config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     if theirs.get("n_inner") == 4 * config["n_embd"]:
         theirs["n_inner"] = None
@@ -956,14 +956,12 @@ def read_weights(folder):
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = folder / "pytorch_model.bin"
-            found = torch.load(path, "cpu", weights_only=True)
+            found = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
     weights = {}
     for name, tensor in found.items():
         name = "transformer." + name.removeprefix("transformer.")
-        # A sparse, repeated or "meta" tensor can claim terabytes
-        if not (tensor.layout is torch.strided and tensor.is_cpu
-                and tensor.untyped_storage().nbytes() >= tensor.nbytes):
+        # A sparse (it has no storage), repeated or "meta" tensor can claim terabytes
+        if not tensor.is_cpu or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise ValueError(f"{name} is not a plain tensor")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             turned = tensor.t() if name.endswith(TRANSPOSED) else tensor
@@ -982,11 +980,11 @@ def read_tokenizer(folder, vocab_size):
     with contextlib.suppress(Exception):  # a damaged tokenizer is none
         plain = True
         if (folder / "vocab.json").exists():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            vocabulary = json.loads((folder / "vocab.json").read_bytes())
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             merges = [line for line in lines if line and not line.startswith("#version")]
         else:
-            whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            whole = json.loads((folder / "tokenizer.json").read_bytes())
             vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
             words = whole["pre_tokenizer"]
             plain = (not whole["normalizer"] and words["type"] == "ByteLevel" and
@@ -999,7 +997,7 @@ def read_tokenizer(folder, vocab_size):
         byte_of = dict(zip(map(chr, [*shown, *range(256, 324)]), [*shown, *hidden], strict=True))
         tokens = [bytes(byte_of[character] for character in name) for name in names]
         if (plain and last == END_OF_TEXT and merged == [name for name in names if len(name) > 1]
-                and list(map(vocabulary.get, [*names, last])) == list(range(vocab_size))
+                and sorted(vocabulary.values()) == list(range(vocab_size))
                 and len(names) - len(merged) == 256):
             if hashlib.sha256(b"\n".join(tokens)).hexdigest().startswith(GPT2_TOKENS):
                 return {"kind": "gpt2"}

@@ -51,7 +51,7 @@ def test_escapes_line_ends_and_keys_of_json(tmp_path):
     """Half of a surrogate pair is no character; the last of two equal keys counts."""
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "one"}\r\n{"text": "a\\ud800b"}\r\n{"text": "x", "text": "two\\u00e9"}\r\n'
-        b'{"text": "\\ud83d\\ude42"}')
+        b'{"n": ' + b"9" * 10_000 + b', "text": "\\ud83d\\ude42"}')  # Python reads no such int
     texts = sum(prepare(tmp_path / "a.jsonl", tmp_path / "out")[:2], [])
     assert texts == ["one", "a\ufffdb", "two\u00e9", "\U0001f642"]
 
