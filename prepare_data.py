@@ -21,8 +21,8 @@ import glob
 import hashlib
 import heapq
 import importlib
-import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -223,6 +223,10 @@ class Part:
         if pieces:
             yield place, pieces
 
+    def pieces(self):
+        for _, pieces in self.batches():
+            yield from pieces
+
 
 def open_source(s, paths):
     """{"train": Part, "val": Part}. paths: the local files, [] for other data sets."""
@@ -250,9 +254,8 @@ def split_source(read, files, s):
     bad input shows before the work begins."""
     read = partial(read_files, read, files, s.text_column)
     whole, documents, characters = Part(read), 0, 0
-    for _, pieces in whole.batches():
-        documents += sum(begins for _, begins in pieces)
-        characters += sum(len(text) for text, _ in pieces)
+    for text, begins in whole.pieces():
+        documents, characters = documents + begins, characters + len(text)
     if documents == 1:
         cut = int(characters * (1 - s.val_fraction))
         return {"train": Part(read, 0, cut, True), "val": Part(read, cut, characters, True)}
@@ -275,11 +278,10 @@ def split_stream(read, s):
     limit = int(s.max_tokens * s.val_fraction) if s.max_tokens else sys.maxsize
     wanted = 4 * max(1, min(s.shard_tokens, limit))
     documents = characters = 0
-    for _, pieces in Part(read).batches():
-        for text, _ in pieces:
-            if characters >= wanted:
-                return {"train": Part(read, documents), "val": Part(read, 0, documents)}
-            documents, characters = documents + 1, characters + len(text)
+    for text, _ in Part(read).pieces():
+        if characters >= wanted:
+            return {"train": Part(read, documents), "val": Part(read, 0, documents)}
+        documents, characters = documents + 1, characters + len(text)
     return split_documents(read, documents, s)
 
 
@@ -293,11 +295,10 @@ def make_tokenizer(kind, parts, s):
     if kind == "char":
         return character_spec(parts)
     texts, room = [], BPE_SAMPLE
-    for _, pieces in parts["train"].batches():
-        for text, _ in pieces:
-            start = text.encode()[:room]
-            texts.append(start.decode("utf-8", "ignore"))
-            room -= len(start)
+    for text, _ in parts["train"].pieces():
+        start = text.encode()[:room]
+        texts.append(start.decode("utf-8", "ignore"))
+        room -= len(start)
         if not room:
             break
     spec = train_sentencepiece(texts, s.vocab_size) if kind == "sentencepiece" else \
@@ -327,10 +328,9 @@ def train_sentencepiece(texts, vocab_size):
 
 def character_spec(parts):
     alphabet, documents = set(), 0
-    for part in parts.values():
-        for _, pieces in part.batches():
-            alphabet.update(*(text for text, _ in pieces))
-            documents += sum(begins for _, begins in pieces)
+    for text, begins in itertools.chain(*(part.pieces() for part in parts.values())):
+        alphabet.update(text)
+        documents += begins
     alphabet |= {"\n"} if documents > len(parts) else set()
     if len(alphabet) > 65_536:
         raise UserError(f"{len(alphabet):,} distinct characters: use --tokenizer=bpe")
@@ -673,6 +673,7 @@ def find_files(dataset):
         if not os.path.isfile(path):
             near = get_close_matches(dataset, [*OURS, *OPENAI_NAMES], 1)
             what = "a folder" if os.path.isdir(path) else \
+                "no plain file" if os.path.exists(path) else \
                 f"no such file{', did you mean ' * len(near)}{''.join(near)}"
             raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME, or one of "
                             f"{', '.join(OURS)}")
