@@ -776,7 +776,7 @@ def train_bpe(texts, vocab_size):
     def wait(pair):
         if (count := counts[pair]) not in waiting:
             waiting[count] = []
-            heapq.heappush(heap, -count)  # a heap gives its smallest entry first
+            heapq.heappush(heap, -count)  # the smallest comes first
         waiting[count].append(pair)
 
     for pair in counts:
@@ -961,7 +961,7 @@ def read_weights(folder):
     weights = {}
     for name, tensor in found.items():
         name = "transformer." + name.removeprefix("transformer.")
-        # A sparse (it has no storage), repeated or "meta" tensor can claim terabytes
+        # A sparse, repeated or "meta" tensor can claim terabytes
         if not tensor.is_cpu or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise ValueError(f"{name} is not a plain tensor")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
