@@ -43,10 +43,9 @@ from typing import Literal
 
 import numpy as np
 import regex
-import torch
 from tqdm import tqdm
 
-from train_gpt2 import (
+from train_gpt2 import (  # before torch: it sets how threads wait
     END_OF_TEXT,
     GPT,
     HELLASWAG,
@@ -67,6 +66,9 @@ from train_gpt2 import (
     write_atomically,
     write_text,
 )
+
+# isort: split
+import torch
 
 
 @dataclass
