@@ -1017,9 +1017,7 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
         if self.spec["kind"] == "sentencepiece":
-            # It means a space by ▁: a ▁ of the text itself is written in bytes
-            parts = text.encode(errors="replace").split(bar := "▁".encode())
-            return [i for part in parts for i in (*bar, *self.sentencepiece.encode(part))][3:]
+            return self.sentencepiece.encode(text.encode(errors="replace"))
         if self.eot is not None:
             return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
         if unknown := set(text) - self.ids.keys():
