@@ -652,7 +652,7 @@ class Run:
         return loss, norm
 
     def write_row(self, **values):
-        row = self.row | values | {"seconds": f"{time.perf_counter() - self.began:.2f}"}
+        row = self.row | values | {"seconds": round(time.perf_counter() - self.began, 2)}
         self.row = {}
         if self.world.is_master:
             append(self.folder / "log.csv", log_line(row))
@@ -1590,9 +1590,8 @@ def matmul_speed(world, n=2048):
 
 def flops_per_token(model, T):
     """FLOPs per token of training on rows of T tokens (Chowdhery et al. 2022, appendix B)."""
-    c = model.config
-    positions = c.block_size * c.n_embd if c.pos_encoding == "learned" else 0
-    return 6 * (model.num_parameters() - positions) + 12 * c.n_layer * c.n_embd * T
+    N = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
 
 
 # ---- The command line ----

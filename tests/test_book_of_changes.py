@@ -1,96 +1,163 @@
-"""The patches in tests/changes, one idea each: every one is in force everywhere."""
+"""The patches in tests/changes: every one is in force everywhere."""
+import ast
 import importlib.util
+import itertools
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log_of
 
-PATCHES = sorted((ROOT / "tests" / "changes").glob("*.patch"))
-RUN = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=4", "--max_steps=40",
-       "--warmup_steps=5", "--eval_every=20", "--eval_tokens=1000", "--sample_every=1000",
-       "--checkpoint_every=10", "--device=cpu", "--dtype=float32", "--log_every=5"]
+import train_gpt2
+
+CHANGES = ROOT / "tests" / "changes"
+PATCHES = sorted(path.stem for path in CHANGES.glob("*.patch"))
+SIX = ["swiglu", "rmsnorm", "rope", "qk_norm", "muon", "wsd"]
+FIVE = "+".join(SIX[:5])  # GPT-2 with five ideas of 2019 to 2024
+RUN = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--max_steps=40",
+       "--warmup_steps=5", "--eval_every=20", "--eval_tokens=1000", "--log_every=5",
+       "--checkpoint_every=10", "--device=cpu", "--dtype=float32"]
+KILLED = """import os, train_gpt2
+train_gpt2.StopRequest.requested = lambda self, step: step == 24 and os.kill(os.getpid(), 9)
+train_gpt2.main()"""
+
+
+def head_and_diff(name):
+    text = (CHANGES / f"{name}.patch").read_text(encoding="utf-8")
+    return text.partition("\n\n")[::2]
 
 
 @pytest.fixture
-def changed(request, tmp_path, monkeypatch):
-    """train_gpt2 and sample as modules, with the patch applied to copies of the scripts."""
-    for name in ("train_gpt2.py", "prepare_data.py", "sample.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    subprocess.run(["git", "apply", request.param], cwd=tmp_path, check=True)
-    modules = []
-    for name in ("train_gpt2", "sample"):
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        modules.append(importlib.util.module_from_spec(spec))
-        monkeypatch.setitem(sys.modules, name, modules[-1])
-        spec.loader.exec_module(modules[-1])
-    monkeypatch.setattr(modules[0], "matmul_speed", lambda *_: 1e9)
-    return modules
+def patched(tmp_path, monkeypatch):
+    """A function: "rope+muon" -> train_gpt2 and sample from copies with these patches."""
+    def load(names):
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, tmp_path)
+        for name in names.split("+"):
+            subprocess.run(["git", "apply", CHANGES / f"{name}.patch"], cwd=tmp_path, check=True)
+        for name in ("train_gpt2", "sample"):
+            spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+            monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(sys.modules[name])
+        sys.modules["train_gpt2"].matmul_speed = lambda *_: 1e9
+        return sys.modules["train_gpt2"], sys.modules["sample"]
+    return load
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_a_patch_is_small(patch):
-    lines = patch.read_text(encoding="utf-8").splitlines()
-    counts = [sum(line.startswith(sign) and not line.startswith(sign * 3) for line in lines)
-              for sign in "+-"]
-    assert 0 < max(counts) <= (25 if patch.stem in ("gqa", "muon", "lora") else 15)
-    assert lines[0][0].isalpha()  # prose says what it is
+def trained(module, argv, folder):
+    """(folder, rows of its log, a text by its best weights)."""
+    assert module.main([*argv, f"--out_dir={folder}"]) == 0
+    model = module.GPT.from_checkpoint(folder / "best.pt")
+    return folder, log_of(folder), model.generate("Once", 50, seed=1)
 
 
-def uncached_text(model, idx, count):
-    """Greedy text that reads everything again for each token, and how sure each choice was."""
-    gaps = []
-    for _ in range(count):
-        top = model(idx)[0][:, -1].topk(2)
-        gaps.append((top.values[0, 0] - top.values[0, 1]).item())
-        idx = torch.cat((idx, top.indices[:, :1]), dim=1)
-    return idx, gaps
+@pytest.fixture(scope="session")
+def plain(stories, tmp_path_factory):
+    """Runs of the unpatched scripts: from the start, and from the best weights of that one."""
+    folder, argv = tmp_path_factory.mktemp("plain"), [f"--data_dir={stories}", *RUN]
+    more = f"--init_from={folder}/base/best.pt"
+    return [trained(train_gpt2, argv, folder / "base"),
+            trained(train_gpt2, [*argv, more], folder / "tuned")]
+
+
+def changes(ours, theirs):
+    """What differs between two runs; (later): not yet in the log's first row."""
+    found = []
+    for name in ("lr", "train_loss", "val_loss"):
+        differs = [a[name] != b[name] for a, b in zip(ours[1], theirs[1], strict=True)]
+        found += [name if differs[0] else f"{name} (later)"] * any(differs)
+    names = [{*rows[0], *(path.name for path in folder.iterdir())}
+             for folder, rows, _ in (ours, theirs)]
+    return ", ".join([*found, *["text"] * (ours[2] != theirs[2]), *sorted(names[0] ^ names[1])])
+
+
+def parts(folder):
+    """{(name, lines), ...}: functions, classes and other statements of the scripts."""
+    found = set()
+    for path in folder.glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            name = getattr(node, "name", "a statement")
+            found.add((name, tuple(lines[node.lineno - 1:node.end_lineno])))
+    return found
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_is_small(name, patched, tmp_path):
+    patched(name)
+    head, diff = head_and_diff(name)
+    lines = re.findall(r"^[-+](?![-+])", diff, re.M)
+    assert 0 < len(lines) <= (25 if name in ("gqa", "muon", "lora") else 15)
+    assert len({part for part, _ in parts(ROOT) ^ parts(tmp_path)}) <= 2
+    assert re.match(r".*\([^)]* (19|20)\d\d\b.*\n.+\nChanges: .+$", head)
 
 
 @torch.no_grad()
-def check_model(train_gpt2, model, folder):
-    """The cache, generate and evaluate compute what GPT.forward computes."""
-    generator = torch.Generator().manual_seed(1)
-    idx = torch.randint(model.config.vocab_size, (1, 60), generator=generator)
-    cache = train_gpt2.KVCache(60)
-    parts = (idx[:, :40], *idx[:, 40:].split(1, dim=1))
-    cached = [model(part, cache=cache)[0][:, -1] for part in parts]
-    plain = model(idx)[0]
-    assert (torch.stack(cached, dim=1) - plain[:, 39:]).abs().max() < 1e-4
-    text, gaps = uncached_text(model, idx[:, :10], 40)
+def check_text(train_gpt2, model):
+    """The cache and generate compute what GPT.forward computes."""
+    idx, cache = torch.arange(60)[None] * 97 % model.config.vocab_size, train_gpt2.KVCache(60)
+    pieces = (idx[:, :40], *idx[:, 40:].split(1, dim=1))
+    cached = [model(piece, cache=cache)[0][:, -1] for piece in pieces]
+    assert (torch.stack(cached, dim=1) - model(idx)[0][:, 39:]).abs().max() < 1e-4
     greedy = model.generate(idx[:, :10], 40, temperature=0)
-    sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), 40)  # until a tie
-    assert torch.equal(greedy[:, :10 + sure], text[:, :10 + sure])
-    s = train_gpt2.Settings(data_dir=str(folder), eval_tokens=2000, device="cpu", dtype="float32")
-    data = train_gpt2.open_data(folder)
-    loader = train_gpt2.open_rows(s, data, "val", None)
-    found = train_gpt2.evaluate(model, loader, s, train_gpt2.World(s), data)["val_loss"]
-    x, y = loader.batch(range(2000 // s.block_size))
-    assert found == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+    for T in range(10, 50):  # without a cache, until two are nearly equal
+        top = model(greedy[:, :T])[0][0, -1].topk(2)
+        if top.values[0] - top.values[1] < 1e-3:
+            break
+        assert greedy[0, T] == top.indices[0]
+    assert T > 12
 
 
-@pytest.mark.parametrize("changed", PATCHES, indirect=True, ids=lambda path: path.stem)
-def test_a_change_is_in_force_everywhere(changed, stories, tmp_path, monkeypatch, capsys):
-    train_gpt2, sample = changed
-    whole, broken = tmp_path / "out" / "whole", tmp_path / "out" / "broken"
-    argv = [f"--data_dir={stories}", *RUN]
-    assert train_gpt2.main([*argv, f"--out_dir={whole}"]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", lambda self, step: step == 24)
-        train_gpt2.main([*argv, f"--out_dir={broken}"])
-    assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
-    assert f"continuing {broken} from step 25" in capsys.readouterr().out
-    ours, theirs = (torch.load(folder / "ckpt.pt", weights_only=True)["model"]
-                    for folder in (whole, broken))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+@pytest.mark.parametrize("names", [*PATCHES, FIVE])
+def test_a_change_is_in_force_everywhere(names, patched, plain, stories, tmp_path, capsys):
+    train_gpt2, sample = patched(names)
+    argv, whole, broken = [f"--data_dir={stories}", *RUN], tmp_path / "whole", tmp_path / "broken"
+    argv += [f"--init_from={plain[0][0] / 'best.pt'}"] * (names == "lora")
+    ours, seen = trained(train_gpt2, argv, whole), "train_loss, val_loss, text"
+    if names != FIVE:
+        seen = changes(ours, plain[names == "lora"])
+        assert head_and_diff(names)[0].endswith(f"Changes: {seen}")
+
+    if names in ("muon", "lora"):
+        there = [sys.executable, "-c", KILLED, *argv, f"--out_dir={broken}"]
+        assert subprocess.run(there, cwd=tmp_path).returncode
+    else:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train_gpt2.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
+            train_gpt2.main([*argv, f"--out_dir={broken}"])
+    assert changes(trained(train_gpt2, argv, broken), ours) == ""
+    assert f"continuing {broken} from step 20" in capsys.readouterr().out
+    weights, others = (torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+                       for folder in (whole, broken))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    if names == "lora":  # the base is as it was
+        base = torch.load(plain[0][0] / "best.pt", weights_only=True)
+        assert all(torch.equal(weights[name], base["model"][name]) for name in base["model"])
+        assert float(ours[1][0]["val_loss"]) == base["best_val_loss"]
+    if names == "log":
+        steps = re.findall(r'"step": (\d+)', (broken / "log.jsonl").read_text())
+        assert steps == [row["step"] for row in ours[1]]
+
     model = train_gpt2.GPT.from_checkpoint(whole / "best.pt")
-    check_model(train_gpt2, model, stories)
-    argv = ["Once", f"--checkpoint={whole / 'best.pt'}", "--max_new_tokens=10", "--seed=1"]
-    assert sample.main(argv) == 0
+    check_text(train_gpt2, model)
+    s, data = train_gpt2.Settings(data_dir=stories), train_gpt2.open_data(stories)
+    x, y = train_gpt2.open_rows(s, data, "val", None).batch(range(1000 // 112))
+    logged = min(float(row["val_loss"]) for row in ours[1] if row["val_loss"])
+    assert logged == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+    assert sample.main(["Once", f"--checkpoint={whole / 'best.pt'}", "--max_new_tokens=10"]) == 0
     assert capsys.readouterr().out.startswith("Once")
-    try:
+    is_gpt2 = "val_loss," not in seen and names != "lora"
+    with nullcontext() if is_gpt2 else pytest.raises(train_gpt2.UserError, match="GPT-2: [^\n]+$"):
         sample.export(model, tmp_path / "exported")
-    except train_gpt2.UserError as error:
-        assert "another function than transformers' GPT-2" in str(error)
+
+
+@pytest.mark.parametrize("names", ["+".join(two) for two in itertools.combinations(SIX, 2)])
+def test_two_changes_go_together(names, patched):
+    train_gpt2, _ = patched(names)
+    torch.manual_seed(0)
+    config = train_gpt2.GPTConfig(1024, 64, n_layer=2, n_head=2, n_embd=32)
+    check_text(train_gpt2, train_gpt2.GPT(config, 0.2).eval())
