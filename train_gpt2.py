@@ -1343,7 +1343,7 @@ def compiled_and_parallel(model, s, world):
         except Exception as error:
             print(f"warning: torch.compile does not work here ({type(error).__name__}); training "
                   "goes on without it")
-    if world.size > 1:  # gradients live in the buffers that travel: 6 GB less for GPT-2 XL
+    if world.size > 1:  # the view saves GPT-2 XL 6 GB
         model = nn.parallel.DistributedDataParallel(
             model, [world.device.index] if on_cuda else None, gradient_as_bucket_view=True)
     return model
@@ -1421,7 +1421,7 @@ def dropped(x, p):
     """Zero a share p of x; scale up the rest, so that sums keep their size."""
     if not (p and x.is_cpu):
         return F.dropout(x, p)
-    # F.dropout's draws took half of a step; here 64 random bits make four of them
+    # F.dropout draws slowly; here 64 random bits serve for four numbers
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= int(2**16 * p) - 2**15
     return x * (keep / (1 - p)).to(x.dtype)
@@ -1544,7 +1544,7 @@ def read_questions():
 
 def hellaswag_scores(model, world):
     """Columns of the log: the share of right choices, by total loss and by loss per token."""
-    is_gpt2 = model.tokenizer.spec["kind"] == "gpt2"  # other scores would compare with nobody's
+    is_gpt2 = model.tokenizer.spec["kind"] == "gpt2"
     questions = world.from_master(read_questions) if is_gpt2 else []
     if not questions:
         return {}
