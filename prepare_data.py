@@ -885,7 +885,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
              scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-             add_cross_attention=False, n_inner=None)
+             add_cross_attention=False)
 GPT2_TOKENS = "e424375bafc3"
 
 
@@ -900,14 +900,11 @@ def convert_weights(name, out_dir=""):
     folder = Path(name) if os.path.isdir(name) else download_model(name)
     with one_line(f"{folder} holds no GPT-2 that can be converted"):
         config, settings = read_config(folder / "config.json")
-        weights = read_weights(folder)
-        if config["n_layer"] > len(weights):
-            raise ValueError("config.json does not fit the weights")
         with torch.device("meta"):
             model = GPT(GPTConfig(**config))
-        model.load_state_dict(weights, assign=True)
-    checkpoint = make_checkpoint(model, settings=settings)
-    checkpoint["tokenizer"] = read_tokenizer(folder, config["vocab_size"])
+        weights = read_weights(folder, model)
+    checkpoint = make_checkpoint(model, settings=settings) | {
+        "model": weights, "tokenizer": read_tokenizer(folder, config["vocab_size"])}
     make_folder(path.parent)
     write_atomically(path, lambda file: torch.save(checkpoint, file))
     print(f"written to {path}; now: python sample.py {shlex.quote(f'--checkpoint={path}')}")
@@ -922,25 +919,15 @@ def weight_file():
 def download_model(name):
     import huggingface_hub as hub
     hub.logging.set_verbosity_error()
-    repository = f"openai-community/{name}"
-    for offline in (True, False):  # what is cached needs no network
-        try:
-            if not offline:  # without a network this fails at once, a download after 30 s
-                hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json"))
-            for file in ("vocab.json", "merges.txt", weight_file(), "config.json"):
-                path = hub.hf_hub_download(repository, file, local_files_only=offline)
-            return Path(path).parent
-        except Exception as error:
-            problem = type(error).__name__
-    raise UserError(f"{name} cannot be downloaded ({problem}): name a folder that holds it")
+    with one_line(f"{name} cannot be downloaded", ": name a folder that holds it"):
+        return Path(hub.snapshot_download(f"openai-community/{name}", allow_patterns=[
+            "config.json", "vocab.json", "merges.txt", weight_file()]))
 
 
 def read_config(path):
     """(config for GPTConfig, settings) from a config.json; ValueError if it is no GPT-2's."""
     theirs = json.loads(path.read_bytes())
     config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    if theirs.get("n_inner") == 4 * config["n_embd"]:
-        theirs["n_inner"] = None
     wrong = [key for key, value in FIXED.items() if theirs.get(key, value) != value]
     if wrong:
         raise ValueError(f"it differs in {', '.join(wrong)}")
@@ -949,9 +936,10 @@ def read_config(path):
     return config, {"rows": "documents"} if theirs.get("starts_documents") is True else {}
 
 
-def read_weights(folder):
-    """{name: float32 tensor}, named and turned as our model has them. Raises ValueError for what is
-    not numbers of a GPT-2."""
+def read_weights(folder, model):
+    """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
+    tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever a
+    library raises, for all else."""
     paths = sorted(folder.glob("model*.safetensors"))
     if paths and weight_file() == "model.safetensors":
         from safetensors.torch import load_file
@@ -960,19 +948,18 @@ def read_weights(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
-    weights = {}
-    for name, tensor in found.items():
-        name = "transformer." + name.removeprefix("transformer.")
-        # A sparse, repeated or "meta" tensor can claim terabytes
-        if not tensor.is_cpu or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise ValueError(f"{name} is not a plain tensor")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
-            turned = tensor.t() if name.endswith(TRANSPOSED) else tensor
-            weights[name] = turned.float().contiguous()
-    head = weights.pop("transformer.lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
+    weights = {f"transformer.{name.removeprefix('transformer.')}":
+               tensor.t() if name.endswith(TRANSPOSED) else tensor
+               for name, tensor in found.items()
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    embedding = weights["transformer.wte.weight"]
+    head = weights.pop("transformer.lm_head.weight", embedding)
+    model.load_state_dict(weights, assign=True)
+    if not torch.equal(head, embedding):
         raise ValueError("its output matrix is not its embedding")
-    return weights
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("weights are not finite")
+    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
 
 
 def read_tokenizer(folder, vocab_size):

@@ -181,6 +181,8 @@ DAMAGE = {
     "a pickle that opens a file": weights(**{LN: Bomb()}),
     "a tensor larger than memory": weights(
         transformer__wte__weight=torch.zeros(1).expand(10**6, 10**6)),
+    "a number that is none": weights(**{LN: torch.full((48,), math.nan)}),
+    "a tensor without numbers": weights(**{LN: torch.empty(48, device="meta")}),
     "another shape, one missing": weights(**{LN: None}, transformer__wpe__weight=torch.zeros(2)),
     "a head of its own": weights(lm_head__weight=torch.ones(300, 48)),
     "safetensors that claim more than the file": safe(
