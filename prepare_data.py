@@ -103,16 +103,15 @@ def prepare(s):
         del settings["vocab_size"]
     progress = claim(folder, settings)
     if progress is None:
-        (folder / PROGRESS).unlink(missing_ok=True)
         print(f"{folder} is complete already")
         return
     parts = open_source(s, paths)
-    make_folder(folder)
     if progress["tokenizer"]:
         print(f"continuing in {folder}")
     else:
         progress["tokenizer"] = make_tokenizer(kind, parts, s)
     tokenizer = Tokenizer(progress["tokenizer"])
+    make_folder(folder)
 
     def save():
         write_text(folder / PROGRESS, json.dumps(progress))
@@ -125,8 +124,7 @@ def prepare(s):
         meta |= entropy_floor(s, folder, tokenizer, meta["val"])
     finish(folder, meta, settings)
     if skipped := sum(part.skipped for part in parts.values()):
-        unit = file_kind(paths[0]) if paths else "rows"
-        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
+        print(f'{skipped:,} rows without "{s.text_column}" skipped')
 
 
 def name_of(s):
@@ -261,15 +259,13 @@ def split_source(read, files, s):
     if documents == 1:
         cut = int(characters * (1 - s.val_fraction))
         return {"train": Part(read, 0, cut, True), "val": Part(read, cut, characters, True)}
-    if whole.skipped and not documents:
-        raise UserError(f"{s.dataset} has no text in the column {s.text_column!r}: choose another "
-                        "with --text_column")
     return split_documents(read, documents, s)
 
 
 def split_documents(read, count, s):
     if count < 2:
-        raise UserError(f"{s.dataset} holds {count} documents: too few for a validation split")
+        raise UserError(f"{s.dataset} holds {count} documents with --text_column={s.text_column}: "
+                        "too few for a validation split")
     cut = count - min(count - 1, max(1, round(count * s.val_fraction)))
     return {"train": Part(read, 0, cut), "val": Part(read, cut, count)}
 
@@ -546,8 +542,8 @@ HUB = {"fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
        "tinystories": ("roneneldan/TinyStories", None)}
 OURS = ["stories", *USUAL, "hellaswag"]
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".parquet": "rows"} | \
-    dict.fromkeys((".json", ".csv", ".tsv", ".tar", ".zip", ".pdf", ".docx"), "unknown")
-PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
+    dict.fromkeys((".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx"), "unknown")
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 ROWS = 256
 
 
@@ -594,12 +590,9 @@ def read_lines(path, column, offset):
 
 def text_in(line, column, place):
     """The text in a line of JSON, None if there is none. Raises UserError if it is not JSON."""
-    try:
+    with one_line(f"{place}, is not JSON in UTF-8"):
         # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
         row = json.loads(line.decode("utf-8-sig"), parse_int=float)
-    except (ValueError, RecursionError) as error:
-        what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-        raise UserError(f"{place}, is not {what} ({' '.join(str(error).split())[:200]})") from None
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         return None
@@ -618,7 +611,7 @@ def read_parquet(path, column, first):
         tables = file.iter_batches(ROWS, columns=[column])
         for row, value in enumerate(value for table in tables for value in table.column(0)):
             if row >= first:
-                yield row, text_of(value, f"{path}, row {row + 1}"), True
+                yield row, value.as_py(), True
 
 
 def read_hub(source, column, where):
@@ -633,24 +626,16 @@ def read_hub(source, column, where):
             check_column(table.schema, column)
             for row, value in enumerate(table[column]):
                 if row >= first:
-                    yield (state, row), text_of(value, source[0]), True
+                    yield (state, row), value.as_py(), True
             # Only now: before a batch is taken, the library does not give back its given state
             state, first = rows.state_dict(), 0
 
 
 def check_column(schema, column):
-    kind = str(schema.field(column).type) if column in schema.names else "missing"
-    if not re.match(r"(dictionary<values=)?((large_)?(string|binary)(_view)?|null)\b", kind):
-        raise UserError(f"the column {column!r} is {kind}, not text: choose a --text_column from "
-                        f"{', '.join(schema.names)}")
-
-
-def text_of(value, place):
-    try:
-        text = value.as_py()
-        return text.decode("utf-8") if isinstance(text, bytes) else text
-    except UnicodeDecodeError:
-        raise UserError(f"{place}, has text that is not UTF-8") from None
+    kind = " and ".join(str(field.type) for field in schema if field.name == column) or "missing"
+    if not re.fullmatch(r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*|null", kind):
+        raise UserError(f"the column {column!r} is {kind}: choose one column of text as "
+                        f"--text_column, from {', '.join(schema.names)}")
 
 
 def is_pattern(path):  # a file that exists is one file, even with brackets in its name
@@ -688,11 +673,8 @@ def find_files(dataset):
 
 def open_file(path, offset):
     """A file opened to read bytes, decompressed, `offset` bytes after its beginning."""
-    try:
-        module = importlib.import_module(PACKED.get(os.path.splitext(path)[1].lower(), "io"))
-    except ImportError:
-        raise UserError(f"this Python cannot read {path}: decompress it first") from None
-    file = module.open(path, "rb")
+    name = PACKED.get(os.path.splitext(path)[1].lower(), "io")
+    file = importlib.import_module(name).open(path, "rb")
     file.seek(offset)
     return file
 

@@ -15,6 +15,8 @@ import time
 
 import hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import FULL, ROOT, fails, posix
 
@@ -59,11 +61,11 @@ def prepare(dataset, out, *argv):
     return *documents_in(out), output.getvalue()
 
 
-def parquet_of(**columns):
-    import pyarrow
-    import pyarrow.parquet
+def parquet_of(names=None, **columns):
+    """A file of these columns, under other names where these are given."""
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=50)
+    table = pyarrow.table(columns).rename_columns(names or [*columns])
+    pyarrow.parquet.write_table(table, file, row_group_size=50)
     return file.getvalue()
 
 
@@ -247,8 +249,13 @@ a.csv | of one kind
 gpt3 | did you mean gpt2
 empty.jsonl | 0 documents
 tales.parquet | 'text' is missing
-tales.parquet --text_column=n | is int64, not text
-lists.jsonl --text_column=story | no text in
+tales.parquet --text_column=n | is int64: choose one column of text
+twice.parquet | is string and string: choose one
+bytes.parquet | is binary: choose
+odd.parquet | codec
+lists.jsonl --text_column=story | 0 documents with --text_column=story
+tales.jsonl.zst | of one kind
+all.txt --tokenizer=char | distinct characters
 cut.parquet | cannot read
 cut.txt.gz | cannot read
 latin.txt | 0xf6 at byte 7
@@ -260,11 +267,16 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
     """One line each, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     texts = documents_of(50)
-    rows = parquet_of(story=texts, n=range(50))
+    rows, odd = parquet_of(story=texts, n=range(50)), pyarrow.array([b"a", b"\xff"])
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
     (tmp_path / "full").mkdir()
     for name, data in {
             "tales.parquet": rows, "cut.parquet": rows[:-100], "a.csv": b"text\na tale\n",
             "lists.jsonl": lines_of({"story": [text]} for text in texts), "empty.jsonl": b"",
+            "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
+            "bytes.parquet": parquet_of(text=odd),
+            "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
+            "tales.jsonl.zst": b"",
             "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9], "file": b"mine",
             "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine",
     }.items():

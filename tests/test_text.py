@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
 import pytest
 import regex
 from conftest import FULL, ROOT, fails
@@ -34,17 +35,6 @@ def test_lines_by_other_names_and_compressed(tmp_path):
         (tmp_path / name).write_bytes(pack(text.encode()))
         cut = int(len(text) * 0.9)
         assert prepare(tmp_path / name, tmp_path / f"{name}s")[:2] == ([text[:cut]], [text[cut:]])
-
-
-def test_zstd_is_read_or_refused_in_one_line(tmp_path, capsys):
-    import pyarrow
-    path = tmp_path / "a.jsonl.zst"
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(lines_of({"text": text} for text in TEXTS))
-    if sys.version_info >= (3, 14):
-        assert sum(prepare(path, tmp_path / "out")[:2], []) == TEXTS
-    else:
-        assert "decompress it" in fails(prepare_data.main, [str(path)], capsys)
 
 
 def test_escapes_line_ends_and_keys_of_json(tmp_path):
@@ -79,7 +69,7 @@ def test_only_the_text_column_matters(tmp_path):
     for i, data in enumerate(files):
         (tmp_path / f"{i}.jsonl").write_bytes(data)
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
-    assert train + val == TEXTS and '4 lines without "text" skipped\n' in output
+    assert train + val == TEXTS and '4 rows without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -90,31 +80,24 @@ def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
         lines_of({"text": text} for text in texts) if kind == "jsonl" else parquet_of(text=texts))
     train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
     assert (train, val) == (TEXTS[:54], TEXTS[54:])
-    assert f'10 {"lines" if kind == "jsonl" else "rows"} without "text" skipped\n' in output
+    assert '10 rows without "text" skipped\n' in output
 
 
 def test_a_bad_line_is_named(tmp_path, capsys):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
-    for bad, message in [(b'{"text": "a"', "JSON"), (b"{'text': 'a'}", "JSON"),
-                         (b'{"text": "\xff"}', "UTF-8"), (b"[" * 100_000, "JSON")]:
+    for bad in (b'{"text": "a"', b"{'text': 'a'}", b'{"text": "\xff"}', b"[" * 100_000):
         path.write_bytes(lines_of([{"text": "x"}, {"text": "y"}]) + bad + b"\n")
         line = fails(prepare_data.main, [str(path), f"--out_dir={out}"], capsys)
-        assert f"a.jsonl, line 3, is not {message}" in line and "network" not in line
+        assert "a.jsonl, line 3, is not JSON in UTF-8" in line and "network" not in line
         assert not out.exists()
 
 
-def test_kinds_of_parquet_columns(tmp_path, capsys):
-    import pyarrow
-    data = [text.encode() for text in TEXTS]
+def test_kinds_of_parquet_columns(tmp_path):
     for name, column in {"view": pyarrow.array(TEXTS, pyarrow.string_view()),
                          "large": pyarrow.array(TEXTS, pyarrow.large_string()),
-                         "bytes": pyarrow.array(data, pyarrow.binary()),
                          "dictionary": pyarrow.array(TEXTS).dictionary_encode()}.items():
         (tmp_path / f"{name}.parquet").write_bytes(parquet_of(text=column))
         assert sum(prepare(tmp_path / f"{name}.parquet", tmp_path / name)[:2], []) == TEXTS, name
-    (tmp_path / "bad.parquet").write_bytes(parquet_of(text=[*data, b"\xff"]))
-    line = fails(prepare_data.main, [str(tmp_path / "bad.parquet")], capsys)
-    assert "row 61, has text that is not UTF-8" in line
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
