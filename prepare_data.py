@@ -30,7 +30,6 @@ import random
 import re
 import shlex
 import sys
-import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -688,18 +687,11 @@ def checksum(path):
 
 
 def download(url):
-    """The text at a URL. A connection that fails or breaks off is tried again."""
     import requests
-    for attempt in range(3):
-        try:
-            answer = requests.get(url, timeout=30)
-            answer.raise_for_status()
-            return answer.content.decode("utf-8")
-        except requests.RequestException as error:
-            problem = type(error).__name__
-        time.sleep(attempt + 1)
-    raise UserError(f"cannot download {url} ({problem}): save it as FILE.txt, then add to the "
-                    "command: FILE.txt --tokenizer=char --out_dir=data/shakespeare")
+    with one_line(f"cannot download {url}"):
+        answer = requests.get(url, timeout=30)
+        answer.raise_for_status()
+        return answer.content.decode("utf-8")
 
 
 def quiet_datasets():
@@ -953,8 +945,7 @@ def read_tokenizer(folder, vocab_size):
         plain = True
         if (folder / "vocab.json").exists():
             vocabulary = json.loads((folder / "vocab.json").read_bytes())
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
+            merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
         else:
             whole = json.loads((folder / "tokenizer.json").read_bytes())
             vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]

@@ -241,6 +241,20 @@ def test_named_data_sets_of_the_hub(tmp_path):
     assert not (tmp_path / "data" / "others").exists()
 
 
+def test_shakespeare(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = "To be, or not to be. " * 99
+    with hub.serve(models={"me/plays": {"all.txt": text.encode()}}) as (address, _):
+        monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", f"{address}/none.txt")
+        assert "404" in fails(prepare_data.main, ["shakespeare"], capsys)
+        url = f"{address}/me/plays/resolve/main/all.txt"
+        monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url)
+        train, val, _ = prepare("shakespeare", tmp_path / "out")
+    assert "".join(train + val) == text
+    assert "the network failed" in fails(prepare_data.main, ["shakespeare"], capsys)
+    assert not (tmp_path / "data").exists()
+
+
 # ---- Mistakes ----
 
 MISTAKES = """\
