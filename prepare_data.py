@@ -610,7 +610,7 @@ def read_parquet(path, column, first):
         tables = file.iter_batches(ROWS, columns=[column])
         for row, value in enumerate(value for table in tables for value in table.column(0)):
             if row >= first:
-                yield row, value.as_py(), True
+                yield row, text_of(value, f"{path}, row {row + 1}"), True
 
 
 def read_hub(source, column, where):
@@ -625,16 +625,24 @@ def read_hub(source, column, where):
             check_column(table.schema, column)
             for row, value in enumerate(table[column]):
                 if row >= first:
-                    yield (state, row), value.as_py(), True
+                    yield (state, row), text_of(value, source[0]), True
             # Only now: before a batch is taken, the library does not give back its given state
             state, first = rows.state_dict(), 0
 
 
 def check_column(schema, column):
     kind = " and ".join(str(field.type) for field in schema if field.name == column) or "missing"
-    if not re.fullmatch(r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*|null", kind):
+    if not re.fullmatch(r"(dictionary<values=)?(large_)?(string|binary)(_view)?(,.*)?|null", kind):
         raise UserError(f"the column {column!r} is {kind}: choose one column of text as "
                         f"--text_column, from {', '.join(schema.names)}")
+
+
+def text_of(value, place):
+    try:
+        text = value.as_py()
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError:
+        raise UserError(f"{place}, has text that is not UTF-8") from None
 
 
 def is_pattern(path):  # a file that exists is one file, even with brackets in its name

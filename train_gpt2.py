@@ -35,9 +35,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# A thread that waits for its siblings spins: it asks again and again, and keeps its core busy. By
-# default so long that beside another program, training was up to 10 times as slow
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # for GNU's OpenMP, as on Linux
+# A thread that waits for its siblings spins: it keeps its core busy with asking. GNU's OpenMP does
+# so for long, and beside another program training was up to 10 times as slow
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import filelock
 import numpy as np
@@ -904,6 +904,7 @@ class RowIndex:
 
     def __init__(self, shards, block_size, seed, eot):
         self.shards, self.block_size, self.seed, self.eot = shards, block_size, seed, eot
+        self.has_long_documents = False  # longer than a row
         self.cuts = functools.lru_cache(maxsize=2)(self._cuts)
         self.order = functools.lru_cache(maxsize=2)(self._order)
         self.counts = [self._count(shard) for shard in range(len(shards))]  # rows of each
@@ -953,6 +954,7 @@ class RowIndex:
         T, eots = self.block_size, np.flatnonzero(tokens == self.eot)
         marks = np.unique(np.concatenate(([0], eots, [len(tokens) - 1])))
         pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
+        self.has_long_documents |= bool((pieces > 1).any())
         index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         starts = np.repeat(marks[:-1], pieces) + T * index
         return starts, np.minimum(T, np.repeat(marks[1:], pieces) - starts)
@@ -993,7 +995,7 @@ class Tokenizer:
             if kind != "sentencepiece" and not 0 < len(set(self.tokens)) == len(self.tokens) or \
                     kind == "bpe" and single < 256:
                 raise ValueError("tokens must be distinct and write all bytes")
-        except Exception as error:  # no vocabulary, no library, or a damaged spec
+        except Exception as error:
             hint = "; offline, set TIKTOKEN_CACHE_DIR or use --tokenizer=bpe" * (kind == "gpt2")
             raise UserError(f"no tokenizer of {str(spec)[:50]}: {error!r:.150}{hint}") from None
         if kind != "char":
@@ -1206,7 +1208,7 @@ def load_checkpoint(path, hint=""):
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
             raise ValueError("step or loss")
         return found
-    except Exception as error:  # a damaged file can fail in dozens of ways
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
@@ -1285,7 +1287,7 @@ class World:
 
     def reduce(self, tensor, largest=False):
         if self.size > 1:
-            tensor = tensor.to(self.device)  # NCCL wants it on the GPU
+            tensor = tensor.to(self.device)
             dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return tensor
 
@@ -1402,9 +1404,9 @@ def check_shape(c):
     sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd]
     odd = c.pos_encoding == "sinusoidal" and c.n_embd % 2
     if not all(type(size) is int and 0 < size <= 2**24 for size in sizes) or c.n_layer > 1024 \
-            or c.n_embd % c.n_head or odd or not 0 <= c.dropout < 1:
+            or c.n_embd % c.n_head or odd or c.n_embd > 2**16 or not 0 <= c.dropout < 1:
         raise UserError(f"no model has this shape: {c}. n_embd must be a multiple of n_head (and "
-                        "even with sinusoids), n_layer at most 1,024")
+                        "even with sinusoids), at most 65,536, n_layer at most 1,024")
 
 
 def sinusoids(block_size, n_embd, std):
@@ -1457,11 +1459,9 @@ def token_losses(logits, targets):
 def evaluating(model):
     """No dropout and no gradients inside the with block."""
     was_training = model.training
-    try:
-        with torch.no_grad():
-            yield model.eval()
-    finally:
-        model.train(was_training)
+    with torch.no_grad():
+        yield model.eval()
+    model.train(was_training)
 
 
 def evaluate(model, loader, s, world, data):
@@ -1473,7 +1473,7 @@ def evaluate(model, loader, s, world, data):
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
     has_floor = data.skills is not None and s.rows == "documents" \
-        and count == loader.rows_per_epoch == data.meta["val"]["documents"]
+        and count == loader.rows_per_epoch and not loader.rows.has_long_documents
     bounds = np.cumsum([0, *map(len, loader.shards)])  # where each shard begins
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
     at_once = max(1, 4096 // s.block_size)  # GPT-2's logits then take 0.8 GB

@@ -265,8 +265,7 @@ empty.jsonl | 0 documents
 tales.parquet | 'text' is missing
 tales.parquet --text_column=n | is int64: choose one column of text
 twice.parquet | is string and string: choose one
-bytes.parquet | is binary: choose
-odd.parquet | codec
+odd.parquet | row 2, has text that is not UTF-8
 lists.jsonl --text_column=story | 0 documents with --text_column=story
 tales.jsonl.zst | of one kind
 all.txt --tokenizer=char | distinct characters
@@ -288,7 +287,6 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
             "tales.parquet": rows, "cut.parquet": rows[:-100], "a.csv": b"text\na tale\n",
             "lists.jsonl": lines_of({"story": [text]} for text in texts), "empty.jsonl": b"",
             "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
-            "bytes.parquet": parquet_of(text=odd),
             "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
             "tales.jsonl.zst": b"",
             "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9], "file": b"mine",

@@ -70,15 +70,16 @@ TRAIN = """
 hello => 'hello' is no setting  --preset=gpt3 => no preset 'gpt3' ... gpt2
 --max_steps=1.5 => --max_steps: '1.5' is no int
 --n_embd=97 => no model has this shape  --n_layer=10000000 => at most 1,024
---n_embd=1048576 => 1,000 GB  --total_batch_size=1000 => must be a multiple of block_size
+--n_embd=1048576 => at most 65,536  --total_batch_size=1000 => must be a multiple of block_size
 --total_batch_size=96 => (96) must be a multiple ... batch_size * block_size (64)
 --device=cuda:99 => torch has no device
 --eval_only => no checkpoint out/stories/best.pt  --init_from=resume => no checkpoint resume
 --init_from=gpt2 => python prepare_data.py gpt2
 --init_from=tales.txt => no whole checkpoint
 --init_from=out/abc/best.pt => different tokenizers
---data_dir=data/abc --rows=documents => --rows=stream  --data_dir=nowhere => no data
---data_dir=tales.txt => no data  --data_dir=out => no train shards  --data_dir=LONG => no data
+--data_dir=data/abc --rows=documents => --rows=stream  --data_dir=nowhere => no train shards
+--data_dir=tales.txt => no train shards  --data_dir=out => no train shards
+--data_dir=LONG => no train shards
 --out_dir=tales.txt => cannot write  --out_dir=LONG => cannot write
 """ + "  ".join(f"--{value} => {value.split('=')[0]} is ... it must be from" for value in f"""
 max_steps=0 max_steps=1{'0' * 400} warmup_steps=-1 learning_rate=nan

@@ -92,12 +92,17 @@ def test_a_bad_line_is_named(tmp_path, capsys):
         assert not out.exists()
 
 
-def test_kinds_of_parquet_columns(tmp_path):
+def test_kinds_of_parquet_columns(tmp_path, capsys):
+    data = [text.encode() for text in TEXTS]
     for name, column in {"view": pyarrow.array(TEXTS, pyarrow.string_view()),
                          "large": pyarrow.array(TEXTS, pyarrow.large_string()),
+                         "bytes": pyarrow.array(data, pyarrow.binary()),
                          "dictionary": pyarrow.array(TEXTS).dictionary_encode()}.items():
         (tmp_path / f"{name}.parquet").write_bytes(parquet_of(text=column))
         assert sum(prepare(tmp_path / f"{name}.parquet", tmp_path / name)[:2], []) == TEXTS, name
+    (tmp_path / "bad.parquet").write_bytes(parquet_of(text=[*data, b"\xff"]))
+    line = fails(prepare_data.main, [str(tmp_path / "bad.parquet")], capsys)
+    assert "row 61, has text that is not UTF-8" in line
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
