@@ -1066,7 +1066,7 @@ def read_shard(path):
 def shard_paths(data_dir):
     """{"train": [...], "val": [...]}: the last of both words in a .bin file's name decides."""
     paths = {"train": [], "val": []}
-    for path in sorted(Path(data_dir).glob("*.bin")):
+    for path in sorted(Path(data_dir).glob("*.bin")) if os.path.isdir(data_dir) else ():
         if words := re.findall("train|val", path.name):
             paths[words[-1]].append(path)
     for split, found in paths.items():
@@ -1107,7 +1107,7 @@ def open_data(data_dir):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         data = Data(meta, Tokenizer(meta["tokenizer"]))
-        sum(meta.get("landmarks", {}).values())  # numbers
+        sum(meta.get("landmarks", {}).values())
         if "skills" in meta:
             data.skills = np.load(path.with_name("skills.npy"))
         return data
@@ -1589,7 +1589,7 @@ def matmul_speed(world, n=2048):
 
 
 def flops_per_token(model, T):
-    """FLOPs per token of training on rows of T tokens (Chowdhery et al. 2022, appendix B)."""
+    """FLOPs of training per token, in rows of T (Chowdhery et al. 2022, appendix B)."""
     N = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
 

@@ -95,7 +95,7 @@ def test_where_a_run_starts_and_why(small_run, tmp_path, capsys, monkeypatch):
     before = first.read_bytes()
     assert f"a new run in {at}-2 ({at} holds a finished run)\n" in run()[1]
     same_bytes(tmp_path / "run", tmp_path / "run-2")
-    assert f"{at}-3 ({at} holds a run with learning_rate=0.006)" in run("--learning_rate=0.1")[1]
+    assert f"{at}-3 ({at} holds a run with learning_rate=0.005)" in run("--learning_rate=0.1")[1]
     assert first.read_bytes() == before
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2.StopRequest, "requested", stop_after(4))
