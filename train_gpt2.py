@@ -24,7 +24,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -538,7 +537,7 @@ SKILLS = ("wording", "choices", "recall")  # what it takes to predict a token of
 FREE_SETTINGS = """preset out_dir overwrite device batch_size grad_accum_steps max_minutes
     compile_model deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
     log_every""".split()
-TIME_IS_UP = 1  # the "signal" of max_minutes; real ones have larger numbers
+TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
 class Run:
@@ -832,7 +831,7 @@ def write_report(run, rows):
                  for name, column in columns.items()}
         return {name: curve for name, curve in found.items() if curve}
     lines = dict(run.data.meta.get("landmarks", {}))
-    panels = [("nats per token", curves(training="train_loss", validation="val_loss"), lines)]
+    panels = [("nats per token:", curves(training="train_loss", validation="val_loss"), lines)]
     if "above_floor" in rows[-1]:
         lines["floor"] = rows[-1]["val_loss"] - rows[-1]["above_floor"]
         skills = curves(**{skill: f"above_floor_{skill}" for skill in SKILLS})
@@ -847,7 +846,7 @@ def write_report(run, rows):
 
 
 def draw(top, title, curves, lines):
-    """A panel of an SVG, values in the logarithm: {curve: [(tokens, value)]}, {line: value}."""
+    """A panel of an SVG, on a logarithmic scale: {curve: [(tokens, value)]}, {line: value}."""
     points = [point for curve in curves.values() for point in curve]
     span = max(t for t, _ in points) or 1
     logs = [math.log(max(v, 1e-3)) for v in (*(v for _, v in points), *lines.values())]
@@ -857,7 +856,7 @@ def draw(top, title, curves, lines):
         y = top + 250 * (high - math.log(max(v, 1e-3))) / (high - low)
         return f"{10 + 560 * t / span:.0f}", f"{y:.1f}"
 
-    body = [f'<text x="10" y="{top - 12}">{title}, over {span:,.0f} tokens</text>']
+    body, legend = [], ""
     flat = {name: [(0, value), (span, value)] for name, value in lines.items()}
     colours = ["#e8710a", "#2f80ed", "#16a07a"][:len(curves)] + ["#888"] * len(lines)
     for colour, (name, curve) in zip(colours, (curves | flat).items(), strict=True):
@@ -865,7 +864,12 @@ def draw(top, title, curves, lines):
         path = " ".join(",".join(place(t, v)) for t, v in some)
         x, y = place(*curve[-1])
         body.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-        body.append(f'<text x="{x}" y="{y}" fill="{colour}">{name} {curve[-1][1]:.4f}</text>')
+        label = f'fill="{colour}">{name} {curve[-1][1]:.4f}</'
+        if name in curves:
+            legend += f' <tspan {label}tspan>'
+        else:
+            body.append(f'<text x="{x}" y="{y}" {label}text>')
+    body.append(f'<text x="10" y="{top - 12}">{title}{legend}, {span:,.0f} tokens</text>')
     return "\n".join(body)
 
 
@@ -1241,7 +1245,7 @@ def load_training_state(path, model, optimizer, scaler, tokenizer):
         if scaler.is_enabled():
             scaler.load_state_dict(found["optimizer"]["scaler"])
         return found["step"], found["best_val_loss"]
-    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise UserError(f"{path} does not fit ({error!r:.99}); {start_over(path.parent)}") from None
 
 
@@ -1352,8 +1356,7 @@ def compiled_and_parallel(model, s, world):
 
 
 def keep_memory():
-    """Let glibc keep large blocks: to return and get GPT-2's 200 MB of logits in every step would
-    take half of the time."""
+    """Let glibc keep large blocks: to get GPT-2's logits anew in every step took half of it."""
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1580,12 +1583,12 @@ def matmul_speed(world, n=2048):
     """FLOP/s of a device in an n x n x n product: the median of ten."""
     a, b = (torch.randn(n, n, device=world.device, dtype=world.dtype) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(10):
         began = time.perf_counter()
         a @ b
         wait_for(world.device)
         seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(seconds[2:])  # the first two warm up
+    return 2 * n**3 / sorted(seconds)[5]
 
 
 def flops_per_token(model, T):
