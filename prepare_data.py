@@ -102,6 +102,7 @@ def prepare(s):
         del settings["vocab_size"]
     progress = claim(folder, settings)
     if progress is None:
+        (folder / PROGRESS).unlink(missing_ok=True)
         print(f"{folder} is complete already")
         return
     parts = open_source(s, paths)
@@ -123,7 +124,8 @@ def prepare(s):
         meta |= entropy_floor(s, folder, tokenizer, meta["val"])
     finish(folder, meta, settings)
     if skipped := sum(part.skipped for part in parts.values()):
-        print(f'{skipped:,} rows without "{s.text_column}" skipped')
+        unit = file_kind(paths[0]) if paths else "rows"
+        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
 
 
 def name_of(s):

@@ -69,7 +69,7 @@ def test_only_the_text_column_matters(tmp_path):
     for i, data in enumerate(files):
         (tmp_path / f"{i}.jsonl").write_bytes(data)
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
-    assert train + val == TEXTS and '4 rows without "text" skipped\n' in output
+    assert train + val == TEXTS and '4 lines without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -80,7 +80,7 @@ def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
         lines_of({"text": text} for text in texts) if kind == "jsonl" else parquet_of(text=texts))
     train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
     assert (train, val) == (TEXTS[:54], TEXTS[54:])
-    assert '10 rows without "text" skipped\n' in output
+    assert f'10 {"lines" if kind == "jsonl" else "rows"} without "text" skipped\n' in output
 
 
 def test_a_bad_line_is_named(tmp_path, capsys):
