@@ -1727,8 +1727,7 @@ def main(argv=None):
     keep_memory()
     world = World(s)
     try:
-        if world.is_master:
-            changes = " ".join(f"{k}={v}" for k, v in (PRESETS[s.preset] | given).items())
+        if world.is_master and (changes := PRESETS[s.preset] | given):
             print(f"preset {s.preset} sets, over the constants at the top: {changes}")
         world.from_master(lambda: prepare_stories(s))
         return report_evaluation(s, world) if s.eval_only else train(s, world)
