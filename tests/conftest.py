@@ -1,10 +1,13 @@
 """What several test files share: where the scripts are, small data, small runs."""
+import contextlib
 import csv
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -50,6 +53,20 @@ def gpt2_vocabulary():
     return train_gpt2.Tokenizer({"kind": "gpt2"})
 
 
+def random_model(spec=None, scale=1, **shape):
+    """A model whose biases and norms are random too. A large scale: few tokens are nearly equally
+    likely."""
+    torch.manual_seed(2)
+    tokenizer = train_gpt2.Tokenizer(spec) if spec else None
+    shape = dict(vocab_size=tokenizer.vocab_size if spec else 300, block_size=24, n_layer=1,
+                 n_head=1, n_embd=16) | shape
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(scale).add_(0.1 * torch.randn_like(parameter))
+    model.tokenizer = tokenizer
+    return model
+
+
 @pytest.fixture
 def small_run(stories, tmp_path, monkeypatch):
     """Options of a run of seconds with all that a resume has to get right."""
@@ -63,6 +80,31 @@ def small_run(stories, tmp_path, monkeypatch):
 def log_of(folder):
     with open(folder / "log.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def contents(folder):
+    """{path: the file's hash, False for a folder}"""
+    return {path.relative_to(folder): path.is_file() and hashlib.sha256(path.read_bytes()).digest()
+            for path in folder.rglob("*") if path.name != ".lock"}
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """No file may become larger: this stands for a full disk."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Bomb:
+    """Its pickle makes a folder when it is loaded carelessly."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
 
 
 def fails(main, argv, capsys):

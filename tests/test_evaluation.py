@@ -11,21 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, fails, log_of
+from conftest import FULL, fails, log_of, random_model
 from test_model import arrays, to_transformers
 from test_training import stop_after
 
 import prepare_data
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, Settings, World, evaluate, hellaswag, open_data, open_rows
+from train_gpt2 import Settings, World, evaluate, hellaswag, open_data, open_rows
 
 
 def small_model(tokenizer, **changes):
-    torch.manual_seed(0)
     shape = dict(block_size=112, n_layer=2, n_head=2, n_embd=32) | changes
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
-    model.tokenizer = tokenizer
-    return model
+    return random_model(tokenizer.spec, **shape)
 
 
 def evaluated(folder, model, **settings):
@@ -44,8 +41,6 @@ def test_validation_loss_agrees_with_numpy(rows, stories):
     """Loss, bits per byte and skills, from the shard itself by a GPT-2 in NumPy."""
     data = open_data(stories)
     model = small_model(data.tokenizer)
-    with torch.no_grad():
-        model.transformer.wte.weight *= 20
     tokens, T, eot, params = val_tokens(stories), 112, data.tokenizer.eot, arrays(model, np.float64)
     starts, ends, count = range(0, 40 * T, T), range(T, 41 * T, T), 40 * T
     if rows == "documents":

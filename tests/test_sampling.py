@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from conftest import fails, random_model
 
 import sample
 import train_gpt2
@@ -22,22 +22,6 @@ SHAPES = [dict(n_layer=2, n_head=3, n_embd=48, block_size=24),
           dict(n_layer=1, n_head=8, n_embd=64, block_size=33, attention="manual"),
           dict(n_layer=1, n_head=1, n_embd=8, block_size=1)]
 BYTES = {"kind": "bpe", "ranks": [*map(chr, range(256))]}  # every byte is a token
-
-
-def strong_model(vocab_size=97, **shape):
-    """Few tokens are nearly equally likely."""
-    torch.manual_seed(4)
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4).add_(0.1 * torch.randn_like(parameter))  # biases too
-    return model
-
-
-def tiny_model(spec):
-    model = GPT(GPTConfig(vocab_size=Tokenizer(spec).vocab_size, block_size=16, n_layer=1,
-                          n_head=1, n_embd=8)).eval()
-    model.tokenizer = Tokenizer(spec)
-    return model
 
 
 # ---- The cache and the draws ----
@@ -63,7 +47,7 @@ def check_cache(model, idx, steps):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"context of {shape['block_size']}")
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_cache_changes_nothing(shape, batch):
-    context, model = shape["block_size"], strong_model(**shape)
+    context, model = shape["block_size"], random_model(scale=4, **shape)
     for length in (1, context, context + 5):
         idx = torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(batch))
         check_cache(model, idx, context + 9)  # past the context twice
@@ -71,7 +55,7 @@ def test_the_cache_changes_nothing(shape, batch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_sample_nearly_as_float32(dtype):
-    model, idx = strong_model(**SHAPES[0]), torch.randint(97, (2, 20))
+    model, idx = random_model(scale=4, **SHAPES[0]), torch.randint(97, (2, 20))
     exact = [logits for _, logits in stream_tokens(model, idx, 2, temperature=0)]
     rough = [logits for _, logits in stream_tokens(model.to(dtype), idx, 2, temperature=0)]
     assert rough[0].dtype == torch.float32
@@ -113,7 +97,7 @@ def test_draws_are_fair(temperature, top_k, top_p):
 
 def test_options_of_generate():
     """Seeds repeat a text, greedy options agree, dropout is off."""
-    model, idx = strong_model(**SHAPES[0], dropout=0.5), torch.randint(97, (2, 5))
+    model, idx = random_model(**SHAPES[0], scale=4, dropout=0.5), torch.randint(97, (2, 5))
     one, same, other = (model.generate(idx, 15, temperature=3.0, seed=seed) for seed in (1, 1, 2))
     greedy = model.generate(idx, 15, temperature=0)
     assert greedy.shape == (2, 20) and torch.equal(greedy[:, :5], idx)
@@ -144,7 +128,7 @@ def says(monkeypatch):
     """A function from texts to a model whose rows say these. | stands for <|endoftext|>;
     model.asked counts the calls for a next token."""
     def model_for(*texts):
-        model = tiny_model(BYTES)
+        model = random_model(BYTES, block_size=16)
         model.asked = 0
 
         def sample_token(logits, *options):
@@ -170,7 +154,7 @@ def test_a_text_ends_with_its_document(says, capsys):
 
 
 def test_a_prompt_begins_a_document_where_all_rows_did():
-    model = tiny_model(BYTES)
+    model = random_model(BYTES)
     assert encode_prompt(model, "ab") == [97, 98] and encode_prompt(model, "") == [256]
     model.starts_documents = True
     assert encode_prompt(model, "ab") == [256, 97, 98] and encode_prompt(model, "") == [256]
@@ -185,8 +169,7 @@ BEST = Path("out") / "run" / "best.pt"
 def trained(tmp_path, monkeypatch):
     """The current folder, with a checkpoint in out/run."""
     monkeypatch.chdir(tmp_path)
-    model = strong_model(257, **SHAPES[0])
-    model.tokenizer = Tokenizer(BYTES)
+    model = random_model(BYTES, scale=4, **SHAPES[0])
     BEST.parent.mkdir(parents=True)
     torch.save(train_gpt2.make_checkpoint(model, settings={"rows": "documents"}), BEST)
 

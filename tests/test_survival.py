@@ -1,5 +1,4 @@
 """Nothing is lost: runs that are killed, meet a full disk, or change their number of processes."""
-import contextlib
 import functools
 import gc
 import multiprocessing
@@ -16,7 +15,7 @@ import time
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 - what an optimizer imports: here, children need not
-from conftest import FULL, ROOT, fails, log_of, posix
+from conftest import FULL, ROOT, fails, log_of, posix, small_files
 from test_training import compare, losses, same_bytes, stop_after
 
 import train_gpt2
@@ -32,17 +31,14 @@ def processes():
             CONTEXT.set_forkserver_preload(["test_survival"])
             # Python 3.11 does not pass our sys.path on, and silently skips what is not found
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)  # in float16 it takes a minute
         yield
 
 
 @pytest.fixture
-def tiny_run(stories, tmp_path):
+def tiny_run(small_run):
     """Options of a run of a second, with checkpoints between evaluations."""
-    return [f"--data_dir={stories}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2", "--n_head=2",
-            "--n_embd=16", "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2",
-            "--max_steps=40", "--warmup_steps=5", "--eval_every=6", "--eval_tokens=1000",
-            "--sample_every=20", "--checkpoint_every=7", "--log_every=1"]
+    return [*small_run, "--n_embd=16", "--max_steps=40", "--eval_every=6", "--eval_tokens=1000",
+            "--checkpoint_every=7"]
 
 
 def act(argv, output, environment, patch):
@@ -156,17 +152,6 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
 
 
 # ---- Disks ----
-
-
-@contextlib.contextmanager
-def small_files(size):
-    import resource
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @posix

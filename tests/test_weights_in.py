@@ -7,11 +7,11 @@ import socket
 import hub
 import pytest
 import torch
-from conftest import ROOT, fails
+from conftest import ROOT, Bomb, contents, fails, random_model
 
 import prepare_data
 import sample
-from train_gpt2 import GPT, GPTConfig, Tokenizer
+from train_gpt2 import GPT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 SIZES = [dict(n_layer=1, n_head=1, n_embd=16), dict(n_layer=2, n_head=3, n_embd=48)]
@@ -55,10 +55,9 @@ def test_their_models_open_here(size, form, tmp_path):
 
 
 def write_tokenizer(spec, folder):
-    """An export of a model with this tokenizer, and the spec."""
-    tokenizer = Tokenizer(spec)
-    model = GPT(GPTConfig(tokenizer.vocab_size, 24, n_layer=1, n_head=1, n_embd=16))
-    model.tokenizer, model.starts_documents = tokenizer, True
+    """An export of a model with this tokenizer."""
+    model = random_model(spec)
+    model.starts_documents = True
     sample.export(model, folder)
 
 
@@ -149,11 +148,6 @@ def test_gpt2_from_the_hub(tmp_path):
 # ---- Harm ----
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
-
-
 def weights(**changes):
     """Damages the weights: a function from the folder."""
     def change(folder):
@@ -178,7 +172,7 @@ def safe(header):
 
 LN = "transformer__ln_f__bias"
 DAMAGE = {
-    "a pickle that opens a file": weights(**{LN: Bomb()}),
+    "a pickle that makes a folder": weights(**{LN: Bomb()}),
     "a tensor larger than memory": weights(
         transformer__wte__weight=torch.zeros(1).expand(10**6, 10**6)),
     "a number that is none": weights(**{LN: torch.full((48,), math.nan)}),
@@ -199,6 +193,6 @@ def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
     theirs.config.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     DAMAGE[name](tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     fails(prepare_data.main, ["."], capsys)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing exploded
+    assert contents(tmp_path) == before  # nothing exploded
