@@ -67,6 +67,13 @@ def random_model(spec=None, scale=1, **shape):
     return model
 
 
+def agree(ours, theirs):
+    """The logits of a model here and of one in transformers."""
+    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+
+
 @pytest.fixture
 def small_run(stories, tmp_path, monkeypatch):
     """Options of a run of seconds with all that a resume has to get right."""

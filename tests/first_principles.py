@@ -215,19 +215,19 @@ def adamw_step(params, grads, state, lr, beta1, beta2, eps=1e-8, weight_decay=0.
 TEXT = b"The river does not ask the stone to move. It bends, and the stone grows smooth."
 
 
-def init_params(rng, vocab_size, block_size, n_layer, C):
-    params = {"transformer.wte.weight": rng.normal(0, INIT_STD, (vocab_size, C)),
-              "transformer.wpe.weight": rng.normal(0, INIT_STD, (block_size, C)),
-              "transformer.ln_f.weight": np.ones(C), "transformer.ln_f.bias": np.zeros(C)}
-    layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-              "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+def init_params(rng, V, T, n_layer, C):
+    shapes = {"wte": (V, C), "wpe": (T, C), "ln_f": (C,)}
     for i in range(n_layer):
-        for layer, shape in layers.items():
-            name = f"transformer.h.{i}.{layer}"
-            # 2 n_layer branches add up (GPT-2, section 2.3)
-            std = INIT_STD / math.sqrt(2 * n_layer) if layer.endswith("c_proj") else INIT_STD
-            params[name + ".weight"] = rng.normal(0, std, shape) if len(shape) == 2 else np.ones(C)
-            params[name + ".bias"] = np.zeros(shape[0])
+        shapes |= {f"h.{i}.{name}": shape for name, shape in {
+            "ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+            "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items()}
+    params = {}
+    for name, shape in shapes.items():
+        # 2 n_layer branches add up (GPT-2, section 2.3)
+        std = INIT_STD / math.sqrt(2 * n_layer) if name.endswith("c_proj") else INIT_STD
+        weight = rng.normal(0, std, shape) if len(shape) == 2 else np.ones(C)
+        params |= {f"transformer.{name}.weight": weight, f"transformer.{name}.bias":
+                   np.zeros(shape[0])}
     return params
 
 

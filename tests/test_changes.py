@@ -4,23 +4,18 @@ import sys
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from test_mistakes import RUN, trained, trained_once  # noqa: F401 - fixtures
-from test_training import losses, stop_after
+from test_sampling import check_cache
+from test_training import losses, stopped
 
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, Settings, World, encode_prompt
+from train_gpt2 import GPT, GPTConfig, Settings, World
 
 
 def use_silu(patch):
-    original = train_gpt2.MLP.__init__
-
-    def changed(self, config):
-        original(self, config)
-        self.act = nn.SiLU()
-    patch.setattr(train_gpt2.MLP, "__init__", changed)
+    patch.setattr(train_gpt2.MLP, "forward", lambda mlp, x: mlp.c_proj(F.silu(mlp.c_fc(x))))
 
 
 def use_rotary_positions(patch):
@@ -40,14 +35,7 @@ def use_rotary_positions(patch):
             k, v = cache.extend(self, k, v)
         y = train_gpt2.causal_attention(q, k, v, 0.0, self.flash)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-    original = GPT.__init__
-
-    def without_positions(self, *args):
-        original(self, *args)
-        nn.init.zeros_(self.transformer.wpe.weight).requires_grad_(False)
     patch.setattr(train_gpt2.CausalSelfAttention, "forward", forward)
-    patch.setattr(GPT, "__init__", without_positions)
 
 
 @torch.no_grad()
@@ -56,25 +44,12 @@ def test_everything_uses_the_changed_model(change, stories, monkeypatch):
     data, T = train_gpt2.open_data(stories), 112
     config = GPTConfig(data.tokenizer.vocab_size, T, n_layer=2, n_head=2, n_embd=32)
     torch.manual_seed(0)
-    plain = GPT(config, 0.15)  # weights large enough to matter
-    old = plain(torch.arange(20)[None])[0]
-    change(monkeypatch)
-    torch.manual_seed(0)
-    model = GPT(config, 0.15).eval()
-    assert not torch.allclose(model(torch.arange(20)[None])[0], old, atol=0.1)
+    model = GPT(config, 0.15).eval()  # weights large enough to matter
     model.tokenizer, encode = data.tokenizer, data.tokenizer.encode
-
-    # Sampling: logits with the cache are those without it, and so is greedy text
-    prompt = "Once there was a brave girl named Ruby"
-    idx = torch.tensor([encode_prompt(model, prompt)])
-    for token, logits in train_gpt2.stream_tokens(model, idx, 60, temperature=0):
-        expected = model(idx)[0][:, -1]  # (1, V), read anew
-        assert (logits - expected).abs().max() < 1e-4
-        likeliest = expected[0].topk(2).values
-        assert likeliest[0] - likeliest[1] < 1e-3 or token.item() == expected.argmax()
-        idx = torch.cat((idx, token[:, None]), dim=1)
-    text = data.tokenizer.decode(idx[0, -60:].tolist()).split("<|endoftext|>")[0]
-    assert model.generate(prompt, max_new_tokens=60, temperature=0) == prompt + text
+    old = model(torch.arange(20)[None])[0]
+    change(monkeypatch)
+    assert not torch.allclose(model(torch.arange(20)[None])[0], old, atol=0.1)
+    check_cache(model, torch.arange(40)[None], 60)  # logits with the cache, and greedy text
 
     # Validation, in both dtypes
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-3)):
@@ -88,16 +63,15 @@ def test_everything_uses_the_changed_model(change, stories, monkeypatch):
     # HellaSwag
     endings = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
     contexts = ["Once there was a girl", "Ben", "Every night Mia dreamed of a map. Poor Mia"]
-    questions = [(each, endings, 0) for each in contexts]
     world = World(Settings(device="cpu", dtype="float32"))
-    chosen = train_gpt2.hellaswag(model, questions, world).tolist()
-    for context, choices in zip(map(encode, contexts), chosen, strict=True):
+    chosen = train_gpt2.hellaswag(model, [(each, endings, 0) for each in contexts], world)
+    for context, choices in zip(map(encode, contexts), chosen.tolist(), strict=True):
         nats = []
         for ending in map(encode, endings):
-            logits = model(torch.tensor([context + ending[:-1]]))[0][0, -len(ending):]
-            nats.append(F.cross_entropy(logits, torch.tensor(ending), reduction="none"))
-        assert choices == [min(range(4), key=lambda i: nats[i].sum()),
-                           min(range(4), key=lambda i: nats[i].mean())]
+            targets = torch.tensor([[-1] * (len(context) - 1) + ending])
+            mean = model(torch.tensor([context + ending[:-1]]), targets)[1].item()
+            nats.append((mean * len(ending), mean))
+        assert choices == torch.tensor(nats).argmin(dim=0).tolist()
 
 
 def test_an_edited_model_starts_a_new_run(trained):  # noqa: F811
@@ -129,10 +103,8 @@ def test_a_checkpoint_of_older_code(trained, capsys):  # noqa: F811
 def test_a_resumed_run_keeps_its_dtype_and_threads(trained, monkeypatch):  # noqa: F811
     threads, seen, original = torch.get_num_threads(), [], train_gpt2.Run.log_step
     torch.set_num_threads(threads + 1)
-    with monkeypatch.context() as patch:
-        for folder, step in (("kept", 2), ("whole", 99)):
-            patch.setattr(train_gpt2.StopRequest, "requested", stop_after(step))
-            train_gpt2.main([*RUN, f"--out_dir=out/{folder}", "--dtype=bfloat16"])
+    for folder, step in (("kept", 2), ("whole", 99)):
+        stopped(step, [*RUN, f"--out_dir=out/{folder}", "--dtype=bfloat16"])
     torch.set_num_threads(threads)
 
     def watch(run, *args):

@@ -66,26 +66,19 @@ def lines_of(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def source(kind, folder, documents, monkeypatch):
-    """A data set of these documents in a column `story`."""
-    rows = parquet_of(story=documents) if kind in ("parquet", "hub") else \
-        lines_of({"n": i, "story": text} for i, text in enumerate(documents))
-    data = {"txt": lambda: "\n".join(documents).encode(), "jsonl.gz": lambda: gzip.compress(rows)}
+def source(kind, folder, documents):
+    """A file of these documents, where it has columns in one named `story`."""
+    lines = lines_of({"n": i, "story": text} for i, text in enumerate(documents))
+    data = {"txt": "\n".join(filter(None, documents)).encode(), "jsonl": lines,
+            "jsonl.gz": gzip.compress(lines), "parquet": parquet_of(story=documents)}
     path = folder / f"tales.{kind}"
-    path.write_bytes(data.get(kind, lambda: rows)())
-    if kind != "hub":
-        return str(path)
-    import datasets  # streams the file; nobody knows its length
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
-    monkeypatch.setattr(prepare_data, "open_hub", lambda *_: datasets.load_dataset(
-        "parquet", data_files=str(path), split="train", streaming=True))
-    return "hf:me/tales"
+    path.write_bytes(data[kind])
+    return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_every_kind_of_file_gives_the_documents_in_order(kind, tmp_path, monkeypatch):
+def test_each_split_has_its_documents_in_order(tmp_path):
     documents = documents_of(600)
-    dataset = source(kind, tmp_path, documents, monkeypatch)
+    dataset = source("jsonl", tmp_path, documents)
     cut = len(documents) - len(documents) // 10
     expected = dict(train=documents[:cut], val=documents[cut:])
     for kind in ("bpe", "char"):
@@ -125,19 +118,18 @@ def stop_after_every_shard(argv):
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 3000])
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "hub"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
 def test_stopped_after_every_shard(kind, piece, tmp_path, monkeypatch):
     """Whether many shards lie in a batch or many batches in a shard."""
     documents = documents_of(300, seed=6)
-    rows = documents if kind == "txt" else [*documents[:150], None, *documents[150:]]
-    dataset = source(kind, tmp_path, rows, monkeypatch)
+    dataset = source(kind, tmp_path, [*documents[:150], None, *documents[150:]])
     monkeypatch.setattr(prepare_data, "PIECE", piece)
     monkeypatch.setattr(prepare_data, "ROWS", 40)
-    argv = [dataset, "--text_column=story", "--shard_tokens=2000", "--vocab_size=280"]
+    argv = [str(dataset), "--text_column=story", "--shard_tokens=2000", "--vocab_size=280"]
     assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
     if kind != "txt":
         train, val = documents_in(tmp_path / "whole")
-        assert (val + train if kind == "hub" else train + val) == documents
+        assert train + val == documents
     assert stop_after_every_shard([*argv, f"--out_dir={tmp_path / 'out'}"]) > 5
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -191,14 +183,15 @@ def test_a_data_set_of_the_hub(tmp_path):
     """Streamed through the unmodified library, while connections drop; its first documents are for
     validation. Stopped after every shard it gives the same bytes."""
     documents = documents_of(500, seed=2)
-    files = CARD | {f"data/train-0000{i}-of-00002.parquet": parquet_of(
-        story=documents[250 * i:250 * i + 250]) for i in range(2)}
+    files = CARD | {f"data/train-0000{i}-of-00002.parquet": parquet_of(story=rows) for i, rows in
+                    enumerate(([*documents[:99], None, *documents[99:250]], documents[250:]))}
     argv = ["hf:me/tales", "--text_column=story", "--vocab_size=400", "--shard_tokens=2000"]
     with hub.serve(datasets={"me/tales": files}, breaks=2) as (address, server):
         done = hub.run(address, tmp_path, *argv)
         assert done.returncode == 0 and server.breaks == 0, done
         stopped = hub.run(address, tmp_path, *argv, "--out_dir=stopped", code="""if True:
             import os, sys, test_data
+            test_data.prepare_data.PIECE, test_data.prepare_data.ROWS = 3000, 40
             print("\\nstops:", test_data.stop_after_every_shard(sys.argv[1:]), flush=True)
             os._exit(0)""")
     assert int(stopped.stdout.split("stops: ")[1]) > 3, stopped

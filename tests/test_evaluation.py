@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FULL, fails, log_of, random_model
 from test_model import arrays, to_transformers
-from test_training import stop_after
+from test_training import stopped
 
 import prepare_data
 import train_gpt2
@@ -170,7 +170,7 @@ def test_every_number_of_processes_finds_the_same(stories, shared_file, gpt2_voc
     assert all(torch.equal(choices[0], other) for other in choices) and len(choices) == 6
 
 
-def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys, monkeypatch):
+def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
     """A resumed run draws and reports as a whole run does, from log and samples."""
     argv = [*(word for word in small_run if "eval_tokens" not in word), "--sample_every=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -184,9 +184,7 @@ def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys, monkeypa
     assert plan.groups() == (f"{N:,}", f"{math.log(V):.2f}", f"{tokens:,.0f}", f"{tokens / N:.1f}")
     assert re.search(r"^step 30: val \d\.\d{4}, \d\.\d{3} bits per byte, [\d.]+ % above the floor "
                      r"\(wording [\d.]+, choices -?[\d.]+, recall [\d.]+\)$", output, re.M)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(24))
-        assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 143
+    assert stopped(24, [*argv, f"--out_dir={broken}"]) == 143
     for name in ("report.md", "loss.svg"):
         (broken / name).unlink()
     assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0

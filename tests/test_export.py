@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, contents, random_model
+from conftest import FULL, agree, contents, random_model
+from test_changes import use_silu
 
 import sample
 import train_gpt2
@@ -36,12 +37,10 @@ def test_transformers_computes_the_same(shape, safe, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {weight_file, "config.json"}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}
-    ours = ours.float()
-    idx = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
-    text = theirs.generate(idx[:, :6], max_new_tokens=16, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(idx[:, :6], 16, temperature=0), text)
+    agree(ours.float(), theirs)
+    idx = torch.randint(300, (2, 6), generator=torch.Generator().manual_seed(1))
+    text = theirs.generate(idx, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(idx, 16, temperature=0), text)
 
 
 def random_texts(count):
@@ -77,10 +76,6 @@ def test_tokenizers_give_equal_ids(kind, request, tmp_path):
 # ---- What is refused ----
 
 
-def silu(monkeypatch):
-    monkeypatch.setattr(train_gpt2.MLP, "forward", lambda mlp, x: mlp.c_proj(F.silu(mlp.c_fc(x))))
-
-
 def sliding_window(monkeypatch):
     def attention(q, k, v, *options):
         T, S = q.size(2), k.size(2)
@@ -100,7 +95,7 @@ def adds_to_mlp(name, make):
     return edit
 
 
-EDITS = {silu: "differ by", sliding_window: "differ by",
+EDITS = {use_silu: "differ by", sliding_window: "differ by",
          adds_to_mlp("gate", lambda C: torch.nn.Linear(C, 4)): "mlp.gate.bias has shape (4,) here",
          adds_to_mlp("c_fc", lambda C: torch.nn.Linear(C, 4 * C, bias=False)): "and (64,) there"}
 

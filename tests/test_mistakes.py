@@ -17,7 +17,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import FULL, Bomb, contents, fails
-from test_training import stop_after
+from test_training import stopped
 
 import prepare_data
 import sample
@@ -42,8 +42,7 @@ def trained_once(tmp_path_factory):
         prepare_data.main(["tales.txt", "--vocab_size=280", "--out_dir=data/tales"])
         prepare_data.main(["abc.txt", "--tokenizer=char", "--out_dir=data/abc"])
         train_gpt2.main([*RUN, "--data_dir=data/abc", "--rows=stream", "--out_dir=out/abc"])
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(2))
-        train_gpt2.main(RUN)
+        stopped(2, RUN)
     return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import fails
 from test_data import documents_of, prepare
 from test_text import ODD
-from test_training import compare, stop_after
+from test_training import compare, stopped
 
 import prepare_data
 import sample
@@ -36,14 +36,12 @@ def test_texts_come_back_byte_for_byte(name, tmp_path):
 
 
 @needs_library
-def test_from_a_text_to_an_explanation(small_run, tmp_path, monkeypatch, capsys):
+def test_from_a_text_to_an_explanation(small_run, tmp_path, capsys):
     (tmp_path / "tales.txt").write_text("\n".join(documents_of(300)), encoding="utf-8")
     prepare(tmp_path / "tales.txt", tmp_path / "data", KIND)
     argv = [*small_run, f"--data_dir={tmp_path / 'data'}", "--rows=stream", "--max_steps=20"]
     train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(9))
-        train_gpt2.main(argv)
+    stopped(9, argv)
     assert train_gpt2.main(argv) == 0
     compare(tmp_path / "whole", tmp_path / "run", 20)
     capsys.readouterr()

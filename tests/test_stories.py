@@ -45,14 +45,10 @@ def parse(text):
 def test_the_parser_accepts_the_grammar_and_nothing_else():
     texts = list(map(text_of, prepare_data.write_stories(seed=5)[:300]))
     assert all(map(parse, texts))
-    text = next(t for t in texts if t.startswith("Ruby was a"))
-    last = text.rindex("Ruby")
+    text = next(t for t in texts if t.startswith("Ruby was a") and "a grumpy troll" not in t)
+    last, fix = text.rindex("Ruby"), parse(text)["fix"]
     wrong = [text[:last] + "Lily" + text[last + 4:], text + " The end.", text[:-1], text[5:], "",
-             text.replace("girl", "boy")]
-    for text in texts:
-        fix = parse(text)["fix"]
-        wrong.append(text.replace(fix, "told it a joke"))
-        wrong += [text.replace(fix, "beat the troll at chess")] * ("a grumpy troll" not in text)
+             text.replace("girl", "boy"), text.replace(fix, "beat the troll at chess")]
     assert not any(map(parse, wrong))
 
 

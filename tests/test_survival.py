@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401 - what an optimizer imports: here, children need not
 from conftest import FULL, ROOT, fails, log_of, posix, small_files
-from test_training import compare, losses, same_bytes, stop_after
+from test_training import compare, losses, same_bytes, stop_after, stopped
 
 import train_gpt2
 
@@ -155,14 +155,12 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
 
 
 @posix
-def test_a_limit_on_file_size(tiny_run, tmp_path, capsys, monkeypatch):
+def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
     """The checkpoint of the moment before is whole; with room again, the end has the same bytes.
     A RuntimeError that no disk caused is a bug, and stays one."""
     whole = tmp_path / "whole"
     train_gpt2.main([*tiny_run, f"--out_dir={whole}"])
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(9))
-        train_gpt2.main(tiny_run)
+    stopped(9, tiny_run)
     path = tmp_path / "run" / "ckpt.pt"
     before = path.read_bytes()
     with small_files(300_000):
@@ -254,9 +252,7 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
     state = train_gpt2.load_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
     skipped = 12 - int(state["state"][0]["step"])
     assert 2 < skipped < 12 and state["scaler"]["scale"] == 2.0**25 / 2**skipped
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(3))
-        train_gpt2.main(argv)
+    stopped(3, argv)
     train_gpt2.main(argv)
     same_bytes(tmp_path / "whole", tmp_path / "run")
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")

@@ -7,7 +7,7 @@ import socket
 import hub
 import pytest
 import torch
-from conftest import ROOT, Bomb, contents, fails, random_model
+from conftest import ROOT, Bomb, agree, contents, fails, random_model
 
 import prepare_data
 import sample
@@ -25,12 +25,6 @@ def theirs_of(vocab_size=300, **shape):
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-def agree(ours, theirs):
-    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("form", ["safetensors", "openai", "shards"])
