@@ -9,13 +9,14 @@ Shapes: B sequences of T tokens, C channels per token, H heads of D = C / H chan
 """
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 
 IGNORE = -1  # a target with this value takes no part in the loss
 LN_EPS = 1e-5  # keeps LayerNorm from dividing by zero (GPT-2's code)
 GELU_A, GELU_K = 0.044715, math.sqrt(2 / math.pi)  # Hendrycks & Gimpel 2016, section 2
-INIT_STD = 0.02  # GPT paper (Radford et al. 2018), section 4.1
 
 
 # ---- Linear ----
@@ -215,27 +216,15 @@ def adamw_step(params, grads, state, lr, beta1, beta2, eps=1e-8, weight_decay=0.
 TEXT = b"The river does not ask the stone to move. It bends, and the stone grows smooth."
 
 
-def init_params(rng, V, T, n_layer, C):
-    shapes = {"wte": (V, C), "wpe": (T, C), "ln_f": (C,)}
-    for i in range(n_layer):
-        shapes |= {f"h.{i}.{name}": shape for name, shape in {
-            "ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-            "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items()}
-    params = {}
-    for name, shape in shapes.items():
-        # 2 n_layer branches add up (GPT-2, section 2.3)
-        std = INIT_STD / math.sqrt(2 * n_layer) if name.endswith("c_proj") else INIT_STD
-        weight = rng.normal(0, std, shape) if len(shape) == 2 else np.ones(C)
-        params |= {f"transformer.{name}.weight": weight, f"transformer.{name}.bias":
-                   np.zeros(shape[0])}
-    return params
-
-
 def main():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from train_gpt2 import GPT, GPTConfig
+
     rng = np.random.default_rng(0)
     data = np.frombuffer(TEXT, dtype=np.uint8).astype(int)
     V, T, n_head = 256, 32, 4
-    params, state = init_params(rng, V, T, n_layer=2, C=64), {}
+    model = GPT(GPTConfig(V, T, n_layer=2, n_head=n_head, n_embd=64))  # for its first weights only
+    params, state = {name: w.double().numpy() for name, w in model.state_dict().items()}, {}
     print(f"{len(data)} bytes of text; a uniform guess costs ln({V}) = {math.log(V):.3f} nats")
     for step in range(201):
         starts = rng.integers(0, len(data) - T, size=(16, 1))  # (B, 1)
@@ -248,6 +237,7 @@ def main():
         adamw_step(params, grads, state, lr=5e-3, beta1=0.9, beta2=0.95)
         if step % 20 == 0:
             print(f"step {step:3d}  loss {loss:.3f}  gradient norm {norm:.2f}")
+
 
 if __name__ == "__main__":
     main()

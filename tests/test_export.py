@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FULL, agree, contents, random_model
 from test_changes import use_silu
 
@@ -76,14 +75,6 @@ def test_tokenizers_give_equal_ids(kind, request, tmp_path):
 # ---- What is refused ----
 
 
-def sliding_window(monkeypatch):
-    def attention(q, k, v, *options):
-        T, S = q.size(2), k.size(2)
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T).triu(S - T - 15)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    monkeypatch.setattr(train_gpt2, "causal_attention", attention)
-
-
 def adds_to_mlp(name, make):
     def edit(monkeypatch):
         init = train_gpt2.MLP.__init__
@@ -95,7 +86,7 @@ def adds_to_mlp(name, make):
     return edit
 
 
-EDITS = {use_silu: "differ by", sliding_window: "differ by",
+EDITS = {use_silu: "differ by",
          adds_to_mlp("gate", lambda C: torch.nn.Linear(C, 4)): "mlp.gate.bias has shape (4,) here",
          adds_to_mlp("c_fc", lambda C: torch.nn.Linear(C, 4 * C, bias=False)): "and (64,) there"}
 

@@ -191,10 +191,6 @@ def test_a_full_disk(tiny_run, tmp_path, capsys):
         assert f"from step {step}" in capsys.readouterr().out
         train_gpt2.main([*tiny_run, f"--out_dir={tmp_path / 'whole'}"])
         compare(tmp_path / "whole", disk / "run", 40)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        before = (disk / "run" / "ckpt.pt").read_bytes()
-        assert "Read-only file system" in fails(train_gpt2.main, argv, capsys)
-        assert (disk / "run" / "ckpt.pt").read_bytes() == before
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
