@@ -6,7 +6,7 @@
 """
 import contextlib
 import importlib.util
-import os
+import io
 import statistics
 import sys
 import tempfile
@@ -70,8 +70,8 @@ def preparing(tokenizer, folder):
     path.write_text(text * 3)
     argv = [str(path), f"--tokenizer={tokenizer}", f"--out_dir={folder / tokenizer}"]
     began = time.perf_counter()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
-            contextlib.redirect_stderr(nowhere):
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         prepare_data.main(argv)
     return path.stat().st_size / 1e6 / (time.perf_counter() - began)
 

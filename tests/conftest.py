@@ -3,6 +3,8 @@ import contextlib
 import csv
 import hashlib
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models like it, and so do
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
 
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+        "--max_steps=6", "--eval_tokens=100", "--sample_every=10", "--log_every=1"]
+RUN = ["--data_dir=data/tales", "--out_dir=out/run", *TINY]
 FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts: many kills, all stories
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
@@ -82,6 +87,47 @@ def small_run(stories, tmp_path, monkeypatch):
             "--n_embd=32", "--dropout=0.1", "--batch_size=4", "--grad_accum_steps=2",
             "--max_steps=30", "--warmup_steps=5", "--eval_every=10", "--eval_tokens=2000",
             "--sample_every=20", "--checkpoint_every=10", "--log_every=1"]
+
+
+def stop_after(step, number=signal.SIGTERM):
+    """A StopRequest that comes after this step."""
+    def requested(self, now):
+        self.signal = number
+        return now == step
+    return requested
+
+
+def stopped(step, argv):
+    """Runs main(argv) until a signal comes after this step; the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(step))
+        return train_gpt2.main(argv)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """Two kinds of data, a run on each: out/abc is done, out/run stopped after 3 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)
+        tales = [f"Tale {i} of a king, a cat and {i * i} mice.\n" for i in range(80)]
+        Path("tales.txt").write_text("".join(tales))
+        Path("abc.txt").write_text("abc cab bac " * 100)
+        prepare_data.main(["tales.txt", "--vocab_size=280", "--out_dir=data/tales"])
+        prepare_data.main(["abc.txt", "--tokenizer=char", "--out_dir=data/abc"])
+        train_gpt2.main([*RUN, "--data_dir=data/abc", "--rows=stream", "--out_dir=out/abc"])
+        stopped(2, RUN)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path, monkeypatch):
+    """A copy of it, which is the current folder."""
+    monkeypatch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)
+    shutil.copytree(trained_once, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 def log_of(folder):

@@ -65,8 +65,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             wanted = (json.loads(body) if body[:1] == b"{" else parse_qs(body.decode()))["paths"]
             found = [entry for entry in entries if entry["path"] in wanted]
         else:
-            found = {"id": match[2], "sha": COMMIT, "private": False, "gated": False, "tags": [],
-                     "siblings": [{"rfilename": entry["path"]} for entry in entries]}
+            siblings = [{"rfilename": entry["path"]} for entry in entries]
+            found = {"id": match[2], "sha": COMMIT, "siblings": siblings}
         self.send(200, json.dumps(found).encode())
 
     def file(self, files, name):

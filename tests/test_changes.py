@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from test_mistakes import RUN, trained, trained_once  # noqa: F401 - fixtures
+from conftest import ROOT, RUN, stopped
 from test_sampling import check_cache
-from test_training import losses, stopped
+from test_training import losses
 
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig, Settings, World
@@ -74,7 +73,7 @@ def test_everything_uses_the_changed_model(change, stories, monkeypatch):
         assert choices == torch.tensor(nats).argmin(dim=0).tolist()
 
 
-def test_an_edited_model_starts_a_new_run(trained):  # noqa: F811
+def test_an_edited_model_starts_a_new_run(trained):
     """And an edited comment or docstring resumes."""
     source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
     old = "x = self.act(self.c_fc(x))"
@@ -87,7 +86,7 @@ def test_an_edited_model_starts_a_new_run(trained):  # noqa: F811
         assert said in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_checkpoint_of_older_code(trained, capsys):  # noqa: F811
+def test_a_checkpoint_of_older_code(trained, capsys):
     """The first ones had neither `code` nor `threads`, and the dtype as it was given."""
     path = trained / "out" / "run" / "ckpt.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -100,7 +99,7 @@ def test_a_checkpoint_of_older_code(trained, capsys):  # noqa: F811
     assert "continuing out/run from step 3" in capsys.readouterr().out
 
 
-def test_a_resumed_run_keeps_its_dtype_and_threads(trained, monkeypatch):  # noqa: F811
+def test_a_resumed_run_keeps_its_dtype_and_threads(trained, monkeypatch):
     threads, seen, original = torch.get_num_threads(), [], train_gpt2.Run.log_step
     torch.set_num_threads(threads + 1)
     for folder, step in (("kept", 2), ("whole", 99)):

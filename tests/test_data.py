@@ -240,14 +240,12 @@ def test_shakespeare(tmp_path, monkeypatch, capsys):
 MISTAKES = """\
 . | a folder
 a.csv | of one kind
-gpt3 | did you mean gpt2
 empty.jsonl | 0 documents
 tales.parquet | 'text' is missing
 tales.parquet --text_column=n | is int64: choose one column of text
 twice.parquet | is string and string: choose one
 odd.parquet | row 2, has text that is not UTF-8
 lists.jsonl --text_column=story | 0 documents with --text_column=story
-tales.jsonl.zst | of one kind
 all.txt --tokenizer=char | distinct characters
 cut.parquet | cannot read
 cut.txt.gz | cannot read
@@ -268,8 +266,7 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
             "lists.jsonl": lines_of({"story": [text]} for text in texts), "empty.jsonl": b"",
             "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
             "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
-            "tales.jsonl.zst": b"",
-            "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9], "file": b"mine",
+            "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9],
             "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine",
     }.items():
         (tmp_path / name).write_bytes(data)

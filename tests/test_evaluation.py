@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, fails, log_of, random_model
+from conftest import FULL, fails, log_of, random_model, stopped
 from test_model import arrays, to_transformers
-from test_training import stopped
 
 import prepare_data
 import train_gpt2

@@ -23,8 +23,8 @@ BYTES = {"kind": "bpe", "ranks": [*map(chr, range(256)), "ab", "abc"]}
 @pytest.mark.parametrize("shape", [
     dict(n_layer=2, n_head=3, n_embd=48), dict(n_layer=3, n_head=4, n_embd=64),
     dict(n_layer=2, n_head=2, n_embd=32, pos_encoding="sinusoidal", activation="relu"),
-], ids=lambda shape: " ".join(map(str, shape.values())))
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+])
+@pytest.mark.parametrize("safe", [True, False])
 def test_transformers_computes_the_same(shape, safe, tmp_path, monkeypatch):
     """The same logits to 1e-4 and the same greedy text, in float32 whatever the model is in."""
     ours, folder = random_model(**shape), tmp_path / "new" / "folder"

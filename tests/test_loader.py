@@ -99,7 +99,7 @@ def test_presets_run_on_any_number_of_processes():
 
 
 @pytest.mark.parametrize("change", [
-    lambda data: b"x" * len(data), lambda data: b"", lambda data: data + b"\0\0",
+    lambda data: b"", lambda data: data + b"\0\0",
     lambda data: data[:4] + b"\2\0\0\0" + data[8:],  # another version
     lambda data: data[:8] + b"\0\0\0\0" + data[12:1024],  # whole, and empty
     lambda data: data[:8] + b"\xff\xff\xff\xff" + data[12:]])

@@ -16,43 +16,13 @@ import hypothesis.strategies as st
 import pytest
 import tiktoken
 import torch
-from conftest import FULL, Bomb, contents, fails
-from test_training import stopped
+from conftest import FULL, RUN, TINY, Bomb, contents, fails
 
 import prepare_data
 import sample
 import train_gpt2
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
-        "--max_steps=6", "--eval_tokens=100", "--sample_every=10", "--log_every=1"]
-RUN = ["--data_dir=data/tales", "--out_dir=out/run", *TINY]
 CKPT = Path("out/run/ckpt.pt")
-
-
-@pytest.fixture(scope="session")
-def trained_once(tmp_path_factory):
-    """Two kinds of data, a run on each: out/abc is done, out/run stopped after 3 steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)
-        tales = [f"Tale {i} of a king, a cat and {i * i} mice.\n" for i in range(80)]
-        Path("tales.txt").write_text("".join(tales))
-        Path("abc.txt").write_text("abc cab bac " * 100)
-        prepare_data.main(["tales.txt", "--vocab_size=280", "--out_dir=data/tales"])
-        prepare_data.main(["abc.txt", "--tokenizer=char", "--out_dir=data/abc"])
-        train_gpt2.main([*RUN, "--data_dir=data/abc", "--rows=stream", "--out_dir=out/abc"])
-        stopped(2, RUN)
-    return folder
-
-
-@pytest.fixture
-def trained(trained_once, tmp_path, monkeypatch):
-    """A copy of it, which is the current folder."""
-    monkeypatch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e9)
-    shutil.copytree(trained_once, tmp_path / "here", symlinks=True)
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 # ---- The table: arguments => parts of the message. LONG is a name of 5,000 letters ----

@@ -3,10 +3,10 @@ import importlib.util
 import sys
 
 import pytest
-from conftest import fails
+from conftest import fails, stopped
 from test_data import documents_of, prepare
 from test_text import ODD
-from test_training import compare, stopped
+from test_training import compare
 
 import prepare_data
 import sample

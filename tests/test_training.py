@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, fails, log_of, posix
+from conftest import ROOT, fails, log_of, posix, stopped
 
 import train_gpt2
 
@@ -39,21 +39,6 @@ def compare(whole, broken, steps):
     assert (whole / "samples.md").read_bytes() == (broken / "samples.md").read_bytes()
 
 
-def stop_after(step, number=signal.SIGTERM):
-    """A StopRequest that comes after this step."""
-    def requested(self, now):
-        self.signal = number
-        return now == step
-    return requested
-
-
-def stopped(step, argv):
-    """Runs main(argv) until a signal comes after this step; the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(step))
-        return train_gpt2.main(argv)
-
-
 def start(argv, **environment):
     return subprocess.Popen(
         [sys.executable, ROOT / "train_gpt2.py", *argv], text=True, cwd=ROOT,
@@ -71,7 +56,7 @@ def wait_for_step(run, folder, step):
 @posix
 def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
     """And while such a run is alive, no other one takes its folder."""
-    small_run[small_run.index("--max_steps=30")] = "--max_steps=60"
+    small_run.append("--max_steps=60")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
     argv = [*small_run, f"--out_dir={broken}"]
