@@ -1,6 +1,7 @@
 """The patches in tests/changes: every one is in force everywhere."""
 import ast
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -130,3 +131,10 @@ def test_a_change_is_in_force_everywhere(names, patched, plain, stories, tmp_pat
     is_gpt2 = "val_loss," not in seen and names != "lora"
     with nullcontext() if is_gpt2 else pytest.raises(train_gpt2.UserError, match="GPT-2: [^\n]+$"):
         sample.export(model, tmp_path / "exported")
+
+
+@pytest.mark.parametrize("two", [*itertools.combinations(SIX.split("+"), 2)], ids="+".join)
+def test_two_changes_go_together(two, patched):
+    train_gpt2, _ = patched("+".join(two))
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(1024, 80, n_layer=2, n_head=2, n_embd=32), 0.2)
+    check_cache(model.eval(), torch.arange(40)[None], 40, train_gpt2.stream_tokens)

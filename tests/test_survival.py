@@ -189,6 +189,10 @@ def test_a_full_disk(tiny_run, tmp_path, capsys):
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         assert train_gpt2.main(argv) == 0
         assert f"from step {step}" in capsys.readouterr().out
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        before = (disk / "run" / "ckpt.pt").read_bytes()
+        assert "Read-only file system" in fails(train_gpt2.main, argv, capsys)
+        assert (disk / "run" / "ckpt.pt").read_bytes() == before
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
