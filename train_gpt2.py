@@ -1313,7 +1313,8 @@ class World:
 def pick_device(name, local_rank=0):
     """CUDA, else MPS, else CPU; or the one named, if it is here."""
     if name == "auto":
-        name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
+        here = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if here else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
