@@ -14,6 +14,7 @@ import train_gpt2
 from train_gpt2 import UserError
 
 transformers = pytest.importorskip("transformers")
+_ = transformers.GPT2LMHeadModel  # loads safetensors, before a test hides it
 BYTES = {"kind": "bpe", "ranks": [*map(chr, range(256)), "ab", "abc"]}
 
 
