@@ -676,7 +676,7 @@ def find_files(dataset):
     kinds = {file_kind(path) for path in paths}
     if len(kinds) > 1 or "unknown" in kinds:
         raise UserError(f"{dataset} must be files of one kind: .txt, .parquet, or .jsonl with an "
-                        "object per line")
+                        "object per line (text also as .gz, .bz2, .xz)")
     return paths
 
 
