@@ -240,6 +240,7 @@ def test_shakespeare(tmp_path, monkeypatch, capsys):
 MISTAKES = """\
 . | a folder
 a.csv | of one kind
+z.zst | of one kind
 empty.jsonl | 0 documents
 tales.parquet | 'text' is missing
 tales.parquet --text_column=n | is int64: choose one column of text
@@ -266,7 +267,7 @@ def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
             "lists.jsonl": lines_of({"story": [text]} for text in texts), "empty.jsonl": b"",
             "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
             "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
-            "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9],
+            "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9], "z.zst": b"",
             "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine",
     }.items():
         (tmp_path / name).write_bytes(data)
