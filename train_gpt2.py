@@ -1357,7 +1357,7 @@ def compiled_and_parallel(model, s, world):
 
 
 def keep_memory():
-    """Let glibc keep large blocks: to get GPT-2's logits anew in every step took half of it."""
+    """Let glibc keep large blocks: getting GPT-2's logits anew took half of every step."""
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
