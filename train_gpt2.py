@@ -34,8 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# A thread that waits for its siblings spins: it keeps its core busy with asking. GNU's OpenMP does
-# so for long, and beside another program training was up to 10 times as slow
+# Threads that wait for each other spin, which keeps their cores busy. GNU's OpenMP does so for
+# long: beside another program, training was up to 10 times as slow
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import filelock
@@ -727,7 +727,7 @@ def choose_folder(s, world):
         saved = [name for name in ("ckpt.pt", "best.pt") if name in names and not s.overwrite]
         why = "" if is_free else "other files"
         if saved:
-            found = load_checkpoint(folder / saved[0], start_over(folder))
+            found = load_checkpoint(folder / saved[0], start_over(folder), edited=True)
             why = difference(found, s)
         if not why and lock is None:
             raise UserError(f"a run is at work in {folder}: stop it, or set another --out_dir")
@@ -1186,7 +1186,7 @@ def converted_path(name):
     return Path("out") / name / "best.pt"
 
 
-def load_checkpoint(path, hint=""):
+def load_checkpoint(path, hint="", edited=False):
     """The dict in a checkpoint, its tensors still in the file; a UserError for all else.
 
     Only plain data is unpickled, and shapes are checked before memory of their size is taken."""
@@ -1199,13 +1199,15 @@ def load_checkpoint(path, hint=""):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if edited and found.get("code", model_code()) != model_code():
+            return found
         with torch.device("meta"):  # shapes without memory
             model = GPT(GPTConfig(**found["config"]))
         ours, theirs = ({name: (t.shape, t.dtype) for name, t in weights.items()}
                         for weights in (model.state_dict(), found["model"]))
         V, spec = model.config.vocab_size, found["tokenizer"]
         if ours != theirs or (spec and Tokenizer(spec).vocab_size != V):
-            raise ValueError("weights, config and tokenizer do not fit")
+            raise ValueError("weights, tokenizer and model code do not fit")
         if not all(tensor.isfinite().all() for tensor in found["model"].values()):
             raise ValueError("weights are not finite")
         found["settings"].keys()
@@ -1350,7 +1352,7 @@ def compiled_and_parallel(model, s, world):
         except Exception as error:
             print(f"warning: torch.compile does not work here ({type(error).__name__}); training "
                   "goes on without it")
-    if world.size > 1:  # the view saves GPT-2 XL 6 GB
+    if world.size > 1:
         model = nn.parallel.DistributedDataParallel(
             model, [world.device.index] if on_cuda else None, gradient_as_bucket_view=True)
     return model
@@ -1480,7 +1482,7 @@ def evaluate(model, loader, s, world, data):
         and count == loader.rows_per_epoch and not loader.rows.has_long_documents
     bounds = np.cumsum([0, *map(len, loader.shards)])  # where each shard begins
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    at_once = max(1, 4096 // s.block_size)  # GPT-2's logits then take 0.8 GB
+    at_once = max(1, 4096 // s.block_size)
     batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
     sums = torch.zeros((len(batches), 2 + len(SKILLS)), dtype=torch.float64)
     for i in range(world.rank, len(batches), world.size):
@@ -1583,7 +1585,7 @@ def report_evaluation(s, world):
 def matmul_speed(world, n=2048):
     """FLOP/s of a device in an n x n x n product: the mean of ten in a row."""
     a, b = (torch.randn(n, n, device=world.device, dtype=world.dtype) for _ in range(2))
-    for count in (2, 10):  # two warm up
+    for count in (2, 10):
         began = time.perf_counter()
         for _ in range(count):
             a @ b

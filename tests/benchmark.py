@@ -1,7 +1,6 @@
 """How fast is this machine? Prints a table and asserts nothing.
 
     python tests/benchmark.py                  # GPT-2 124M: training, sampling; preparation
-    python tests/benchmark.py --device=cuda --rows=16 --block_size=1024
     python tests/benchmark.py --tokenizers=FILE.txt  # our BPE beside those of other libraries
 """
 import contextlib

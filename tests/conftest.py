@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX"
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test first: it runs beside the others."""
+    """The longest test first."""
     items.sort(key=lambda item: item.name != "test_the_default_run")
 
 

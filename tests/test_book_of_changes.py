@@ -104,6 +104,9 @@ def test_a_change_is_in_force_everywhere(names, patched, plain, stories, tmp_pat
         seen = changes(ours, plain[names == "lora"])
         assert head_and_diff(names)[0].endswith(f"Changes: {seen}")
 
+    if names == "gqa":  # of other shapes: a run of the plain model stays
+        there = shutil.copytree(plain[0][0], tmp_path / "run")
+        assert train_gpt2.main([*argv, f"--out_dir={there}"]) == 0 and (tmp_path / "run-2").exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train_gpt2.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
         trained(train_gpt2, argv, broken)

@@ -14,7 +14,7 @@ import train_gpt2
 from train_gpt2 import UserError
 
 transformers = pytest.importorskip("transformers")
-_ = transformers.GPT2LMHeadModel  # loads safetensors, before a test hides it
+_ = transformers.GPT2LMHeadModel  # before a test hides safetensors
 BYTES = {"kind": "bpe", "ranks": [*map(chr, range(256)), "ab", "abc"]}
 
 
