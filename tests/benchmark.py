@@ -1,12 +1,20 @@
 """How fast is this machine? Prints a table and asserts nothing.
 
-    python tests/benchmark.py                  # GPT-2 124M: training, sampling; preparation
+    python tests/benchmark.py                       # some 20 minutes on 2 cores
+    python tests/benchmark.py --only=sampling       # the rows with this in their name
+    python tests/benchmark.py --nanogpt=FOLDER      # beside a checkout of nanoGPT
     python tests/benchmark.py --tokenizers=FILE.txt  # our BPE beside those of other libraries
+
+Each row is measured in turns with a peer, where that is at hand. TinyShakespeare has to be in
+data/shakespeare, and for nanoGPT where its own data/shakespeare_char/prepare.py puts it.
 """
 import contextlib
 import importlib.util
-import io
+import os
+import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,72 +22,166 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
 
 # isort: split
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 
 @dataclass
 class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
-    rows: int = 4  # in a training batch
-    block_size: int = 256  # tokens in a row
-    tokenizers: str = ""  # a text file: only compare the tokenizers that learn from it
+    turns: int = 3  # of us and a peer; medians are printed
+    only: str = ""  # measure only the rows with this in their name
+    nanogpt: str = ""  # a checkout of nanoGPT
+    tokenizers: str = ""  # a text file: compare the tokenizers that learn from it, nothing else
 
 
-def median_seconds(device, count, function):
-    """The median of `count` calls, after two that warm up."""
-    seconds = []
-    for _ in range(count + 2):
+def speed(world, count, function):
+    """A function that calls another one, and returns how many of `count` things a second it did."""
+    def measure():
         began = time.perf_counter()
         function()
-        train_gpt2.wait_for(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        train_gpt2.wait_for(world.device)
+        return count / (time.perf_counter() - began)
+    return measure
 
 
-def training(s, world, model):
-    """Tokens per second, and the MFU that this is."""
-    settings = train_gpt2.Settings()
-    optimizer = train_gpt2.make_optimizer(model, settings, world.device)
-    called = train_gpt2.compiled_and_parallel(model.train(), settings, world)
-    idx = torch.randint(50257, (s.rows, s.block_size), device=world.device)
+# ---- Training ----
+
+
+def training(world, model, optimizer, rows, block_size):
+    """Tokens per second of a step. Here and in nanoGPT, model(x, y) returns (logits, loss)."""
+    called = train_gpt2.compiled_and_parallel(model.train(), train_gpt2.Settings(), world)
+    x = torch.randint(65, (rows, block_size), device=world.device)
 
     def step():
         with world.autocast():
-            _, loss = called(idx, idx)
+            _, loss = called(x, x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-    speed = idx.numel() / median_seconds(world.device, 3, step)
-    flops = train_gpt2.flops_per_token(model, s.block_size)
-    return speed, speed * flops / train_gpt2.matmul_speed(world)
+        optimizer.zero_grad(set_to_none=True)
+    return speed(world, x.numel(), step)
 
 
-def preparing(tokenizer, folder):
-    """Megabytes per second from a text file to shards, a BPE's training included."""
-    stories = prepare_data.write_stories(seed=1)
-    text = "\n\n".join("".join(text for text, _, _ in story) for story in stories)
-    path = folder / "text.txt"
-    path.write_text(text * 3)
-    argv = [str(path), f"--tokenizer={tokenizer}", f"--out_dir={folder / tokenizer}"]
-    began = time.perf_counter()
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        prepare_data.main(argv)
-    return path.stat().st_size / 1e6 / (time.perf_counter() - began)
+def ours(world, rows, **shape):
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).to(world.device)
+    optimizer = train_gpt2.make_optimizer(model, train_gpt2.Settings(), world.device)
+    return training(world, model, optimizer, rows, shape["block_size"])
+
+
+def nanogpt(folder, device, rows, **shape):
+    """With its train.py's defaults: no biases, 50,304 tokens, and float32 on a CPU."""
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig
+    dtype = "float32" if device.type == "cpu" else "auto"
+    world = train_gpt2.World(train_gpt2.Settings(device=str(device), dtype=dtype))
+    model = GPT(GPTConfig(**dict(vocab_size=50304, bias=False, dropout=0.0) | shape)).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    return training(world, model, optimizer, rows, shape["block_size"])
+
+
+def script(*argv, folder="."):
+    """Seconds that a script takes, in a process of its own."""
+    def run():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *argv], cwd=folder, check=True, capture_output=True)
+        return time.perf_counter() - began
+    return run
+
+
+def beside_a_busy_core(function):
+    def run():
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            try:
+                return function()
+            finally:
+                busy.kill()
+    return run
+
+
+# ---- Sampling and preparation ----
+
+
+def sampling(world, dtype, texts, new_tokens=128):
+    """Tokens per second of GPT-2 124M behind 16 tokens, and of transformers' GPT-2."""
+    idx = torch.randint(50257, (texts, 16), device=world.device)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig()).eval().to(world.device, dtype)
+    count, theirs = texts * new_tokens, None
+    if importlib.util.find_spec("transformers"):
+        from transformers import GPT2Config, GPT2LMHeadModel
+        peer = GPT2LMHeadModel(GPT2Config()).eval().to(world.device, dtype)
+        options = dict(attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
+                       min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+        theirs = speed(world, count, lambda: peer.generate(idx, **options))
+    return speed(world, count, lambda: model.generate(idx, new_tokens)), theirs
+
+
+def preparing(world, text):
+    """Tokens per second of prepare_data.py with GPT-2's vocabulary, and of tiktoken by itself."""
+    encoding = train_gpt2.Tokenizer({"kind": "gpt2"}).encoding
+    pieces = [text[i:i + 2**20] for i in range(0, len(text), 2**20)]
+
+    def alone():
+        lists = encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
+        return [np.array(ids, np.uint16) for ids in lists]
+
+    def prepared():
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            Path(folder, "text.txt").write_text(text, encoding="utf-8")
+            prepare_data.main([f"{folder}/text.txt", "--tokenizer=gpt2", f"--out_dir={folder}/out"])
+    count = sum(map(len, alone()))
+    return speed(world, count, prepared), speed(world, count, alone)
+
+
+# ---- The table ----
+
+
+def table(s, world):
+    """(name, a function that returns a measurement of us and one of a peer, or None)"""
+    rows, T = (32, 1024) if world.device.type == "cuda" else (4, 256)
+    gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=T)
+    chars = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
+    out, peer, recipe = tempfile.mkdtemp(), lambda *_, **__: None, None
+    ours_at, *rest = str(ROOT / "train_gpt2.py"), f"--device={world.device}", "--overwrite=True"
+    run = script(ours_at, *rest, f"--out_dir={out}/stories")
+    shakespeare = script(ours_at, *rest, f"--out_dir={out}/plays", "--preset=shakespeare_cpu")
+    if s.nanogpt:
+        peer = partial(nanogpt, s.nanogpt, world.device)
+        readme = Path(s.nanogpt, "README.md").read_text(encoding="utf-8")
+        recipe = re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
+        recipe = script(*recipe, f"--out_dir={out}/nanogpt", folder=s.nanogpt)
+    yield "default run, seconds; beside a busy core", lambda: (run, beside_a_busy_core(run))
+    yield f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT", lambda: (
+        ours(world, rows, **gpt2), peer(rows, **gpt2))
+    yield "shakespeare_cpu, seconds; nanoGPT", lambda: (shakespeare, recipe)
+    yield "shakespeare_char, 64 x 256, tokens/s; nanoGPT", lambda: (
+        ours(world, 64, **chars), peer(64, **chars))
+    for texts in (1, 16):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"sampling GPT-2 124M, {texts} at once, {dtype}, tokens/s; transformers", partial(
+                sampling, world, dtype, texts)
+    stories = "".join(text for story in prepare_data.write_stories(seed=1) for text, _, _ in story)
+    yield "preparation, tokens/s; tiktoken alone", partial(preparing, world, stories * 8)
+
+
+def in_turns(turns, measures):
+    """The median of each measure; a first round, not counted, warms up."""
+    found = [[measure() for measure in measures if measure] for _ in range(turns + 1)]
+    return map(statistics.median, zip(*found[1:], strict=True))
 
 
 # ---- Tokenizers ----
 # Each function learns a vocabulary of this size from a text, and returns a function that encodes
 
 
-def ours(text, vocab_size):
+def our_bpe(text, vocab_size):
     spec = prepare_data.bpe_spec(prepare_data.train_bpe([text], vocab_size))
     return partial(prepare_data.encode_array, train_gpt2.Tokenizer(spec))
 
@@ -99,7 +201,7 @@ def rust(text, vocab_size):
     return lambda text: tokenizer.encode(text).ids
 
 
-LIBRARIES = {"prepare_data": ours, "sentencepiece": sentencepiece, "tokenizers": rust}
+LIBRARIES = {"prepare_data": our_bpe, "sentencepiece": sentencepiece, "tokenizers": rust}
 
 
 def compare_tokenizers(path):
@@ -122,6 +224,12 @@ def compare_tokenizers(path):
         print(f"| {vocab_size:,} |", " | ".join(cells), "|", flush=True)
 
 
+def processor():
+    info = Path("/proc/cpuinfo")  # of Linux
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
 @train_gpt2.reports_mistakes
 def main(argv=None):
     s, _ = train_gpt2.parse_settings(Settings, argv, __doc__)
@@ -130,19 +238,15 @@ def main(argv=None):
         return 0
     train_gpt2.keep_memory()
     world = train_gpt2.World(train_gpt2.Settings(device=s.device))
-    config = train_gpt2.GPTConfig(block_size=max(s.block_size, 128))
-    model = train_gpt2.GPT(config).to(world.device)
-    speed, mfu = training(s, world, model)
-    print(f"training on {world.device} in {world.dtype}: {speed:,.0f} tokens/s, MFU {mfu:.0%}")
-    prompt = torch.arange(16, device=world.device)[None]
-    for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)
-        seconds = median_seconds(world.device, 3, lambda: model.generate(prompt, 64))
-        print(f"sampling in {dtype}: {64 / seconds:,.1f} tokens/s")
-    for tokenizer in ("char", "bpe"):
-        with tempfile.TemporaryDirectory() as folder:
-            speed = preparing(tokenizer, Path(folder))
-        print(f"preparing, {tokenizer}: {speed:.2f} MB/s")
+    peak = train_gpt2.matmul_speed(world)
+    print(f"{processor()}, {torch.get_num_threads()} threads; {world.device} in {world.dtype}: "
+          f"{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}")
+    print("| measured | this | peer | ratio |\n| --- | --- | --- | --- |")
+    for name, make in table(s, world):
+        if s.only in name:
+            us, *peer = in_turns(s.turns, make())
+            theirs = f"{peer[0]:,.4g} | {us / peer[0]:.2f}" if peer else "not at hand |"
+            print(f"| {name} | {us:,.4g} | {theirs} |", flush=True)
     return 0
 
 

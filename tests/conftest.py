@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -18,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models like it, and so do
 
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--max_steps=6", "--eval_tokens=100", "--sample_every=10", "--log_every=1"]

@@ -2,15 +2,12 @@
 
 Each piece comes twice, forward and backward. dx is short for d(loss)/dx, an array shaped like x. A
 backward function gets the d of its output and returns the d of its inputs (the chain rule); a value
-used twice gets two d's, which add up. The tests compare train_gpt2.py with this file;
-`python tests/first_principles.py` trains a small model.
+used twice gets two d's, which add up. The tests compare train_gpt2.py with this file.
 
 Shapes: B sequences of T tokens, C channels per token, H heads of D = C / H channels, V tokens.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -210,34 +207,3 @@ def adamw_step(params, grads, state, lr, beta1, beta2, eps=1e-8, weight_decay=0.
         # They start at 0: after t steps they hold a share 1 - beta^t of a full average
         mhat, vhat = m / (1 - beta1 ** t), v / (1 - beta2 ** t)
         w -= lr * mhat / (np.sqrt(vhat) + eps)  # about lr per step
-
-
-# ---- A demonstration ----
-TEXT = b"The river does not ask the stone to move. It bends, and the stone grows smooth."
-
-
-def main():
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from train_gpt2 import GPT, GPTConfig
-
-    rng = np.random.default_rng(0)
-    data = np.frombuffer(TEXT, dtype=np.uint8).astype(int)
-    V, T, n_head = 256, 32, 4
-    model = GPT(GPTConfig(V, T, n_layer=2, n_head=n_head, n_embd=64))  # for its first weights only
-    params, state = {name: w.double().numpy() for name, w in model.state_dict().items()}, {}
-    print(f"{len(data)} bytes of text; a uniform guess costs ln({V}) = {math.log(V):.3f} nats")
-    for step in range(201):
-        starts = rng.integers(0, len(data) - T, size=(16, 1))  # (B, 1)
-        window = data[starts + np.arange(T + 1)]  # (B, T + 1)
-        idx, targets = window[:, :-1], window[:, 1:]  # (B, T): the target is the next byte
-        logits, cache = forward(params, idx, n_head)
-        loss, dlogits = cross_entropy(logits, targets)
-        grads = backward(params, cache, dlogits)
-        norm = clip(grads, 1.0)
-        adamw_step(params, grads, state, lr=5e-3, beta1=0.9, beta2=0.95)
-        if step % 20 == 0:
-            print(f"step {step:3d}  loss {loss:.3f}  gradient norm {norm:.2f}")
-
-
-if __name__ == "__main__":
-    main()

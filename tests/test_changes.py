@@ -22,8 +22,9 @@ def use_rotary_positions(patch):
     def turned(x, start):  # (B, n_head, T, head_dim)
         T, D = x.shape[-2:]
         angle = torch.arange(start, start + T)[:, None] * 100 ** (-torch.arange(0, D, 2) / D)
-        a, b, cos, sin = x[..., 0::2], x[..., 1::2], angle.cos().to(x), angle.sin().to(x)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        turn = torch.polar(torch.ones_like(angle), angle)  # (T, D / 2)
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape

@@ -5,14 +5,13 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import typing
 import zipfile
 from pathlib import Path
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import tiktoken
 import torch
@@ -242,68 +241,41 @@ def test_a_pickle_is_not_run(content, trained, capsys):
     assert not (trained / "exploded").exists()
 
 
-# ---- Fuzzing ----
-
-often = hypothesis.settings(
-    max_examples=2000 if FULL else 20, deadline=None, database=None, derandomize=not FULL)
+# ---- Random damage ----
 
 
-def mutated(content, draw, end=10**9):
-    """The content with some of its first bytes replaced."""
-    place = st.integers(0, min(end, len(content)) - 1)
-    length = st.sampled_from([1, 1, 1, 0, 4, 1000])
-    for where, count, new in draw(st.lists(
-            st.tuples(place, length, st.binary(max_size=4)), min_size=1, max_size=4)):
-        content = content[:where] + new + content[where + count:]
+def read_data(folder):
+    train_gpt2.open_data(folder)
+    for split in ("train", "val"):
+        train_gpt2.ShardedLoader(folder, split, 16, "documents", 1, 280, 279).batch(range(9))
+
+
+def damaged(content, draw):
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(min(1500, len(content)))
+        after = at + draw.choice([1, 1, 1, 0, 4, 1000])
+        content = content[:at] + draw.randbytes(draw.randint(0, 4)) + content[after:] or b"?"
     return content
 
 
-def clean_or_one_line(load):
-    try:
-        load()
-    except train_gpt2.UserError as error:
-        assert "\n" not in str(error).strip(), error
-
-
-@often
-@hypothesis.given(data=st.data(), name=st.sampled_from(["*_train*.bin", "*_val*.bin", "meta.json"]))
-def test_fuzzed_data(data, name, trained_once, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "fuzzed"
-    shutil.copytree(trained_once / "data" / "tales", folder, dirs_exist_ok=True)
-    path = next(folder.glob(name))
-    path.write_bytes(mutated(path.read_bytes(), data.draw, 1500))
-
-    def load():
-        train_gpt2.open_data(folder)
-        for rows in ("documents", "stream"):
-            for split in ("train", "val"):
-                loader = train_gpt2.ShardedLoader(folder, split, 16, rows, 1, 280, 279)
-                loader.batch(range(min(8, loader.rows_per_epoch)))
-    clean_or_one_line(load)
-
-
-@often
-@hypothesis.given(data=st.data(), inside=st.booleans())
-def test_fuzzed_checkpoints(data, inside, trained_once, tmp_path_factory):
-    """Anywhere; or inside the pickle, in an archive whose checksums are right."""
-    path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
-    content = (trained_once / CKPT).read_bytes()
-    if inside:
-        box = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(box, "w") as new:
-            for part in old.infolist():
-                inner = old.read(part)
-                is_pickle = part.filename.endswith("data.pkl")
-                new.writestr(part.filename, mutated(inner, data.draw) if is_pickle else inner)
-        path.write_bytes(box.getvalue())
-    else:
-        path.write_bytes(mutated(content, data.draw))
-    model = train_gpt2.load_model(trained_once / CKPT)
-    optimizer = train_gpt2.make_optimizer(model, train_gpt2.Settings(), torch.device("cpu"))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    clean_or_one_line(lambda: train_gpt2.GPT.from_checkpoint(path))
-    clean_or_one_line(lambda: train_gpt2.load_training_state(
-        path, model, optimizer, scaler, model.tokenizer))
+@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin", "meta.json", "ckpt.pt"])
+def test_random_damage(name, trained):
+    """Read, or refused in one line. In a checkpoint the pickle is damaged, whose checksum is right;
+    others are cut short above."""
+    path, draw = next(Path().rglob(f"*{name}")), random.Random(0)
+    content = path.read_bytes()
+    for _ in range(2000 if FULL else 40):
+        if name == "ckpt.pt":
+            with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(path, "w") as new:
+                for part in old.namelist():
+                    is_pickle, inner = part.endswith("data.pkl"), old.read(part)
+                    new.writestr(part, damaged(inner, draw) if is_pickle else inner)
+        else:
+            path.write_bytes(damaged(content, draw))
+        try:
+            train_gpt2.GPT.from_checkpoint(path) if name == "ckpt.pt" else read_data(path.parent)
+        except train_gpt2.UserError as error:
+            assert "\n" not in str(error).strip(), error
 
 
 # ---- The rest ----
@@ -320,10 +292,6 @@ def test_a_loss_that_is_not_finite(trained, capsys, monkeypatch):
     before = CKPT.read_bytes()
     assert "step 3 has loss nan" in fails(train_gpt2.main, RUN, capsys)
     assert CKPT.read_bytes() == before
-
-
-def test_the_table_is_long():
-    assert len([*table(), *DAMAGED]) >= 75
 
 
 def test_help_names_every_setting(capsys):

@@ -138,14 +138,6 @@ def test_learning_rate_schedule():
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
 
 
-def test_decay_on_matrices_only():
-    model = GPT(GPTConfig(**SMALL))
-    decayed, left = make_optimizer(model, Settings(), CPU).param_groups
-    assert decayed["weight_decay"] > 0 and left["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in left["params"]} == {1}
-    assert sum(p.numel() for g in (decayed, left) for p in g["params"]) == model.num_parameters()
-
-
 def test_flops_per_token():
     model = GPT(GPTConfig(**GPT2 | dict(n_layer=1)))
     matrices = 50257 * 768 + 12 * 768 * 768

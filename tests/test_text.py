@@ -3,17 +3,14 @@ import bz2
 import collections
 import gzip
 import lzma
-import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pyarrow
 import pytest
 import regex
-from conftest import FULL, ROOT, fails
+from conftest import FULL, fails
 from test_data import documents_of, lines_of, parquet_of, prepare
 
 import prepare_data
@@ -176,18 +173,3 @@ def test_training_on_one_long_word_is_linear():
         assert prepare_data.train_bpe([text], 1024)
         seconds[name] = round(time.perf_counter() - began, 2)
     assert max(seconds.values()) < 3 * seconds["English"] + 1, seconds
-
-
-@pytest.mark.skipif(not FULL or os.name == "nt", reason="FULL_TESTS: a minute")
-@pytest.mark.parametrize("name", ["line.txt", "line.jsonl", "empty.jsonl", "rows.parquet"])
-def test_memory_stays_below_a_limit(name, tmp_path):
-    """100 MB in a single line; 100,000 empty documents; 100 MB in one row."""
-    text = "A single line, very long. " * 4_000_000
-    texts = [""] * 100_000 + TEXTS if name == "empty.jsonl" else [text, "another tale"]
-    data = text.encode() if name.endswith("txt") else parquet_of(text=texts) \
-        if name.endswith("parquet") else lines_of({"text": text} for text in texts)
-    (tmp_path / name).write_bytes(data)
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"),
-                                str(tmp_path / name), f"--out_dir={tmp_path / 'out'}"])
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0 and usage.ru_maxrss * 1024 < 1.5e9
