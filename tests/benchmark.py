@@ -181,14 +181,11 @@ def in_turns(turns, measures):
 # Each function learns a vocabulary of this size from a text, and returns a function that encodes
 
 
-def our_bpe(text, vocab_size):
-    spec = prepare_data.bpe_spec(prepare_data.train_bpe([text], vocab_size))
-    return partial(prepare_data.encode_array, train_gpt2.Tokenizer(spec))
-
-
-def sentencepiece(text, vocab_size):
-    spec = prepare_data.train_sentencepiece([text], vocab_size)
-    return partial(prepare_data.encode_array, train_gpt2.Tokenizer(spec))
+def ours_by(train):
+    def learn(text, vocab_size):
+        tokenizer = train_gpt2.Tokenizer(train([text], vocab_size))
+        return partial(prepare_data.encode_array, tokenizer)
+    return learn
 
 
 def rust(text, vocab_size):
@@ -201,7 +198,9 @@ def rust(text, vocab_size):
     return lambda text: tokenizer.encode(text).ids
 
 
-LIBRARIES = {"prepare_data": our_bpe, "sentencepiece": sentencepiece, "tokenizers": rust}
+LIBRARIES = {
+    "prepare_data": ours_by(lambda *how: prepare_data.bpe_spec(prepare_data.train_bpe(*how))),
+    "sentencepiece": ours_by(prepare_data.train_sentencepiece), "tokenizers": rust}
 
 
 def compare_tokenizers(path):

@@ -73,16 +73,6 @@ def add_up(found):
     return skills == pytest.approx(found["above_floor"], abs=1e-12)
 
 
-def test_skills_where_documents_cross_shards(tmp_path, monkeypatch, gpt2_vocabulary):
-    monkeypatch.setattr(prepare_data, "STORIES", 60)
-    prepare_data.main(["stories", "--tokenizer=gpt2", f"--out_dir={tmp_path}",
-                       "--shard_tokens=150"])
-    skills = open_data(tmp_path).skills
-    recalled = gpt2_vocabulary.decode(np.array(val_tokens(tmp_path))[skills == 2].tolist())
-    assert recalled and "lived" not in recalled
-    assert add_up(evaluated(tmp_path, small_model(gpt2_vocabulary), rows="documents"))
-
-
 def lines_of(shared_file, count):
     text = shared_file("hellaswag_val_first1000.jsonl").read_text(encoding="utf-8")
     return text.splitlines()[:count]

