@@ -2,9 +2,7 @@
 import json
 import math
 import re
-import threading
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
 
 import first_principles
 import numpy as np
@@ -125,38 +123,6 @@ def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path
     assert said in capsys.readouterr().out
     path.write_text('{"ctx": "broken"}', encoding="utf-8")
     assert f"{train_gpt2.HELLASWAG} is damaged" in fails(train_gpt2.main, argv, capsys)
-
-
-class Together(World):
-    """One of several processes, which here are threads that meet in reduce()."""
-
-    def __init__(self, s, rank, size, meeting, sums):
-        super().__init__(s)
-        self.rank, self.size, self.meeting, self.sums = rank, size, meeting, sums
-
-    def reduce(self, tensor, largest=False):
-        self.sums[self.rank] = tensor
-        self.meeting.wait()
-        return sum(self.sums[rank] for rank in reversed(range(self.size)))
-
-
-def test_every_number_of_processes_finds_the_same(stories, shared_file, gpt2_vocabulary):
-    """To the last bit, in validation losses; and the same choices."""
-    data, questions = open_data(stories), questions_of(shared_file, 20)
-    s = Settings(data_dir=str(stories), device="cpu", dtype="float32", eval_tokens=20_000)
-    loader, model = open_rows(s, data, "val", None), small_model(data.tokenizer)
-    asked = small_model(gpt2_vocabulary, n_embd=8)
-    losses = {evaluate(model, loader, s, World(s), data)["val_loss"]}
-    choices = [hellaswag(asked, questions, World(s))]
-    for size in (2, 3):
-        meeting, sums = threading.Barrier(size), {}
-        worlds = [Together(s, rank, size, meeting, sums) for rank in range(size)]
-        with ThreadPoolExecutor(size) as pool:
-            found = pool.map(lambda world: evaluate(model, loader, s, world, data), worlds)
-            losses |= {each["val_loss"] for each in found}
-            choices += pool.map(lambda world: hellaswag(asked, questions, world), worlds)
-    assert len(losses) == 1
-    assert all(torch.equal(choices[0], other) for other in choices) and len(choices) == 6
 
 
 def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):

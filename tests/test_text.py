@@ -1,44 +1,16 @@
 """Text as people really have it: read, or refused in one true line."""
-import bz2
 import collections
-import gzip
-import lzma
 import random
-import time
 
-import numpy as np
-import pyarrow
 import pytest
 import regex
-from conftest import FULL, fails
+from conftest import fails
 from test_data import documents_of, lines_of, parquet_of, prepare
 
 import prepare_data
 import train_gpt2
 
 TEXTS = documents_of(60, seed=4)
-
-
-def test_lines_by_other_names_and_compressed(tmp_path):
-    data = lines_of({"text": text} for text in TEXTS)
-    for end, pack in dict(ndjson=bytes, jsonlines=bytes, JSONL=bytes, jsonl_xz=lzma.compress,
-                          jsonl_bz2=bz2.compress).items():
-        path = tmp_path / f"[1].{end.replace('_', '.')}"  # a file that exists is no pattern
-        path.write_bytes(pack(data))
-        assert sum(prepare(path, tmp_path / end)[:2], []) == TEXTS, end
-    text, path = "\n".join(TEXTS), tmp_path / "tale.txt.gz"
-    path.write_bytes(gzip.compress(text.encode()))
-    cut = int(len(text) * 0.9)
-    assert prepare(path, tmp_path / "tale")[:2] == ([text[:cut]], [text[cut:]])
-
-
-def test_escapes_line_ends_and_keys_of_json(tmp_path):
-    """Half of a surrogate pair is no character; the last of two equal keys counts."""
-    (tmp_path / "a.jsonl").write_bytes(
-        b'{"text": "one"}\r\n{"text": "a\\ud800b"}\r\n{"text": "x", "text": "two\\u00e9"}\r\n'
-        b'{"n": ' + b"9" * 10_000 + b', "text": "\\ud83d\\ude42"}')  # Python reads no such int
-    texts = sum(prepare(tmp_path / "a.jsonl", tmp_path / "out")[:2], [])
-    assert texts == ["one", "a\ufffdb", "two\u00e9", "\U0001f642"]
 
 
 def test_only_the_text_column_matters(tmp_path):
@@ -74,16 +46,6 @@ def test_a_bad_line_is_named(tmp_path, capsys):
         line = fails(prepare_data.main, [str(path), f"--out_dir={out}"], capsys)
         assert "a.jsonl, line 3, is not JSON in UTF-8" in line and "network" not in line
         assert not out.exists()
-
-
-def test_kinds_of_parquet_columns(tmp_path):
-    data = [text.encode() for text in TEXTS]
-    for name, column in {"view": pyarrow.array(TEXTS, pyarrow.string_view()),
-                         "large": pyarrow.array(TEXTS, pyarrow.large_string()),
-                         "bytes": pyarrow.array(data, pyarrow.binary()),
-                         "dictionary": pyarrow.array(TEXTS).dictionary_encode()}.items():
-        (tmp_path / f"{name}.parquet").write_bytes(parquet_of(text=column))
-        assert sum(prepare(tmp_path / f"{name}.parquet", tmp_path / name)[:2], []) == TEXTS, name
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
@@ -156,20 +118,3 @@ def test_merges_are_those_of_a_naive_trainer(text):
         assert prepare_data.train_bpe(texts, size) == naive_bpe(texts, size)
     words = (word for text in texts for word in regex.findall(train_gpt2.SPLIT_PATTERN, text))
     assert prepare_data.count_words(texts) == collections.Counter(words)
-
-
-def test_training_on_one_long_word_is_linear():
-    """2 MB with FULL_TESTS. A fixed part is allowed, so that small sizes hold."""
-    draw, size, seconds = np.random.default_rng(0), 2_000_000 if FULL else 200_000, {}
-    lexicon = ["".join(draw.choice(list("etaoinshrdlu"), draw.integers(2, 10)))
-               for _ in range(20_000)]
-    english = " ".join(lexicon[i] for i in draw.zipf(1.2, size // 5) % len(lexicon))[:size]
-    texts = {"English": english,
-             "spaces": english[:size // 3] + " " * (size // 2) + english[:size // 6],
-             "DNA": "".join(draw.choice(list("ACGT"), size)),
-             "Chinese": "".join(map(chr, 0x4E00 + (draw.zipf(1.3, size // 3) - 1) % 3000))}
-    for name, text in texts.items():
-        began = time.perf_counter()
-        assert prepare_data.train_bpe([text], 1024)
-        seconds[name] = round(time.perf_counter() - began, 2)
-    assert max(seconds.values()) < 3 * seconds["English"] + 1, seconds

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -176,23 +175,6 @@ def test_throughput_is_that_of_training_alone(small_run, tmp_path, monkeypatch):
     assert not first["tokens_per_second"] and len(rows) == 3
     tokens = int(rows[1]["tokens"]) - int(rows[0]["tokens"])
     assert all(float(row["tokens_per_second"]) > tokens / 60 for row in rows)
-
-
-def test_signals(monkeypatch):
-    """Processes agree on a stop where they log; the signal may reach one of them only later."""
-    left = []
-    monkeypatch.setattr(train_gpt2.os, "_exit", left.append)
-    s = train_gpt2.Settings()
-    world = types.SimpleNamespace(size=2, reduce=lambda *_, **__: torch.tensor(15))
-    stop = train_gpt2.StopRequest(s, world)
-    with stop.listening():
-        assert stop.requested(0)
-        signal.raise_signal(signal.SIGINT)
-    assert stop.signal == signal.SIGINT and not left
-    stop = train_gpt2.StopRequest(s, types.SimpleNamespace(size=1))
-    stop.handle(signal.SIGINT)
-    stop.handle(signal.SIGTERM)  # as torchrun does
-    assert stop.requested(1) and not left
 
 
 def test_without_a_compiler(small_run, tmp_path):
