@@ -834,7 +834,7 @@ def write_report(run, rows):
     if "above_floor" in rows[-1]:
         lines["floor"] = rows[-1]["val_loss"] - rows[-1]["above_floor"]
         skills = curves(**{skill: f"above_floor_{skill}" for skill in SKILLS})
-        panels.append(("nats per token above the floor, for lack of", skills, {}))
+        panels.append(("nats per token above the floor, by skill:", skills, {}))
     body = "\n".join(draw(30 + 310 * i, *panel) for i, panel in enumerate(panels))
     write_text(run.folder / "loss.svg", '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" '
                f'font-family="sans-serif" font-size="13" viewBox="0 0 720 620">{body}</svg>\n')

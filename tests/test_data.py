@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import signal
@@ -70,7 +71,8 @@ def source(kind, folder, documents):
     """A file of these documents, where it has columns in one named `story`."""
     lines = lines_of({"n": i, "story": text} for i, text in enumerate(documents))
     data = {"txt": "\n".join(filter(None, documents)).encode(), "jsonl": lines,
-            "jsonl.gz": gzip.compress(lines), "parquet": parquet_of(story=documents)}
+            "jsonl.gz": gzip.compress(lines), "ndjson.xz": lzma.compress(lines),
+            "parquet": parquet_of(story=documents)}
     path = folder / f"tales.{kind}"
     path.write_bytes(data[kind])
     return path
@@ -118,7 +120,7 @@ def stop_after_every_shard(argv):
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 3000])
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "ndjson.xz", "jsonl.gz", "parquet"])
 def test_stopped_after_every_shard(kind, piece, tmp_path, monkeypatch):
     """Whether many shards lie in a batch or many batches in a shard."""
     documents = documents_of(300, seed=6)
