@@ -34,8 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# Threads that wait for each other spin, which keeps their cores busy. GNU's OpenMP does so for
-# long: beside another program, training was up to 10 times as slow
+# Threads that wait for each other spin, which keeps their cores busy. GNU's OpenMP spins so long
+# that beside another program training was up to 10 times as slow
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
@@ -90,13 +90,13 @@ class Settings:
     n_embd: int = 96  # width: numbers that describe one token
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
     activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
-    init_std: float = 0.08  # spread of the initial weights; narrow models learn sooner with more
+    init_std: float = 0.08  # standard deviation of the initial weights; narrow models like more
     # what is measured, and how often (in steps)
     eval_only: bool = False  # measure init_from, or out_dir's best.pt; no training
     eval_every: int = 100  # validation loss, picture and report
     eval_tokens: int | None = None  # validation tokens per evaluation; None: all of them
     sample_every: int = 200  # a text; HellaSwag, if its questions are prepared
-    checkpoint_every: int = 300  # steps that a kill can cost at most
+    checkpoint_every: int = 300  # a kill loses at most these steps
     log_every: int = 20  # a line on the screen and a row in log.csv
 
 
@@ -116,7 +116,7 @@ PRESETS = {
     "shakespeare_char": _CHARS | _OFTEN | dict(  # 24 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=1500,
         warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),
-    "shakespeare_cpu": _CHARS | dict(  # of some 70 tried on a CPU the fastest to 1.88
+    "shakespeare_cpu": _CHARS | dict(  # the fastest to 1.88 of some 70 tried on a CPU
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, max_steps=620,
         learning_rate=6e-3, beta1=0.75, beta2=0.98, eval_every=310, sample_every=310,
         checkpoint_every=310),
@@ -168,6 +168,8 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
     which the model learns to predict. q is (B, n_head, T, head_dim), the last T of S tokens; k
     and v are (B, n_head, S, head_dim). Returns (B, n_head, T, head_dim)."""
     T, S = q.size(-2), k.size(-2)
+    if T == 1 and q.is_cpu and q.dtype == torch.bfloat16:  # faster in float32
+        return causal_attention(q.float(), k.float(), v.float(), dropout, flash).to(q.dtype)
     # -inf where a query (row) must not look at a key (column), else 0; added to the scores
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     # One fused kernel, except on a CPU in bfloat16 (where it was 1.6 to 6 times as slow) or with
@@ -176,7 +178,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
-    # Divided by the root of head_dim, scores keep a spread near 1
+    # Divided by the root of head_dim, scores have a variance near 1
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
     weights = dropped(weights.to(v.dtype), dropout)
@@ -201,7 +203,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # Split the width into heads: (B, T, C) -> (B, n_head, T, head_dim)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        if cache is not None:  # put the keys and values of earlier tokens before
+        if cache is not None:  # prepend the keys and values of earlier tokens
             k, v = cache.extend(self, k, v)  # (B, n_head, S, head_dim)
         dropout = self.dropout if self.training else 0.0
         y = causal_attention(q, k, v, dropout, self.flash)
@@ -268,7 +270,7 @@ class GPT(nn.Module):
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
         # products that are added to the residual stream start smaller by the root of their
-        # number, or its spread would grow by that root (GPT-2 paper, section 2.3).
+        # number; otherwise the stream would grow by that root (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -339,7 +341,7 @@ class KVCache:
     with them, a new token costs one forward pass of length 1."""
 
     def __init__(self, max_length):
-        self.max_length = max_length  # tokens that there is room for
+        self.max_length = max_length  # room in tokens
         self.length = 0  # tokens in it
         self.store = {}  # layer -> (k, v), each (B, n_head, max_length, head_dim)
 
@@ -418,7 +420,7 @@ class ShardedLoader:
 
     def batch(self, rows):
         """Row numbers -> inputs x and targets y, the tokens after them, both (B, T) int64. T is
-        the longest of these rows; behind the end of shorter ones y is -1, which is ignored."""
+        the longest of these rows; past the end of shorter ones y is -1, which is ignored."""
         places = [self.rows.locate(row) for row in rows]  # (shard, start, length)
         longest = max(length for _, _, length in places)
         T = min(self.block_size, -(-longest // 16) * 16)  # a multiple of 16: few shapes
@@ -472,7 +474,7 @@ def train(s, world):
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
     optimizer = make_optimizer(raw_model, s, world.device)
-    # Many gradients are below float16's least, 6e-8: the scaler multiplies the loss by a large
+    # Many gradients are too small for float16 (6e-8): the scaler multiplies the loss by a large
     # number, and divides before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
@@ -709,9 +711,8 @@ def difference(checkpoint, s):
 
 
 def choose_folder(s, world):
-    """Lock the folder of the unfinished run of these settings, or else the next free one.
-
-    Returns (folder, checkpoint to resume from, its settings, why a new run starts)."""
+    """Lock the folder of the unfinished run of these settings, or the next free one: (folder,
+    checkpoint to resume from, its settings, why a new run starts)."""
     base, why_new = Path(s.out_dir or f"out/{s.preset}"), ""
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite=True would delete {s.init_from}: choose another --out_dir")
@@ -743,7 +744,7 @@ def start_over(folder):
 
 
 def lock_folder(folder):
-    """A lock that lasts until this process ends at the latest; None if the folder is taken."""
+    """A lock, which this process's end releases; None if the folder is taken."""
     try:
         return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
     except filelock.Timeout:
@@ -751,7 +752,7 @@ def lock_folder(folder):
 
 
 def clear_leftovers(folder, start):
-    """Remove what a killed run left: half-written files, rows and samples from `start` on."""
+    """Remove what a killed run left: partial files, rows and samples from `start` on."""
     with writing(folder):
         stale = [] if start else [folder / "ckpt.pt", folder / "best.pt"]
         for path in [*folder.glob(".*.tmp"), *stale]:
@@ -768,7 +769,7 @@ def log_line(row):
 
 
 def read_log(folder):
-    """The rows of log.csv, {column: text}; one that a power cut left unfinished is dropped."""
+    """The rows of log.csv, {column: text}, without an unfinished one."""
     try:
         with open(folder / "log.csv", encoding="utf-8", errors="replace", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -1043,7 +1044,7 @@ class Tokenizer:
 
 
 def encode_prompt(model, text):
-    """The ids to start from. An empty prompt begins a document, or all do, as training rows did."""
+    """Ids to start from. An empty prompt begins a document, or all do, as training rows did."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: give it token ids")
     ids = model.tokenizer.encode(text)
@@ -1125,7 +1126,7 @@ OPENAI_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 @contextmanager
 def writing(path):
-    """Turn what a disk reports into a UserError; torch.save wraps it in a RuntimeError."""
+    """Turn a disk's error into a UserError; torch.save wraps it in a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -1137,7 +1138,7 @@ def writing(path):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a file beside `path`; move it there once it is safely on the disk."""
+    """Call write(file) on a file beside `path`; move it there once it is on the disk."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -1173,7 +1174,7 @@ def model_code():
 
 
 def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
-    """What best.pt holds; ckpt.pt holds the optimizer's state too."""
+    """What best.pt holds; ckpt.pt has the optimizer too."""
     return {"model": model.state_dict(), "step": step, "config": asdict(model.config),
             "settings": settings or {}, "best_val_loss": float(best_val_loss),
             "tokenizer": model.tokenizer.spec if model.tokenizer else {}, "code": model_code()}
@@ -1235,7 +1236,7 @@ def load_training_state(path, model, optimizer, scaler, tokenizer):
     """Resume from ckpt.pt; return (step, lowest validation loss)."""
     found = load_checkpoint(path, start_over(path.parent))
     try:
-        state = copy.deepcopy(found["optimizer"]["state"])  # out of the mapped file
+        state = copy.deepcopy(found["optimizer"]["state"])
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             if not {t.shape for t in state[i].values()} - {()} == {p.shape}:
                 raise ValueError("the optimizer's state has other shapes")
@@ -1262,7 +1263,7 @@ class World:
         self.is_master = self.rank == 0  # the process that writes and prints
         self.device = pick_device(s.device, os.environ.get("LOCAL_RANK", "0"))
         self.dtype = pick_dtype(s.dtype, self.device)
-        self.at_end = ExitStack()  # what must be closed, however the run ends
+        self.at_end = ExitStack()  # closed however the run ends
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(self.device)
@@ -1358,7 +1359,7 @@ def compiled_and_parallel(model, s, world):
 
 
 def keep_memory():
-    """Let glibc keep large blocks: getting GPT-2's logits anew took half of every step."""
+    """Let glibc keep large blocks: new ones for GPT-2's logits took half of each step."""
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1443,8 +1444,7 @@ def unembed(x, weight):
     """(B, T, C) states, (V, C) embedding -> (B, T, V) logits."""
     if not (x.is_cuda and len(weight) % 64):
         return F.linear(x, weight)
-    # Tensor cores want multiples of 64 (50,257 -> 50,304): rows of zeros are added for this
-    # product, and their logits cut off again
+    # Tensor cores want multiples of 64 (50,257 -> 50,304): add rows of zeros, cut them off again
     return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., :len(weight)]
 
 

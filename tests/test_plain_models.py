@@ -42,7 +42,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The original has sinusoids of size 1, no last norm, and a head of its own."""
+    """The original has sinusoids of size 1, no last norm, a head of its own."""
 
     def __init__(self, V, T, n_layer, n_head, C, original=False):
         super().__init__()
