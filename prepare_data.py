@@ -309,7 +309,7 @@ def make_tokenizer(kind, parts, s):
 
 def train_sentencepiece(texts, vocab_size):
     """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
-    unknown token, <|endoftext|>. Every text comes back, but U+2581, its space, as a space."""
+    unknown token, <|endoftext|>. Every text comes back, except that U+2581 becomes a space."""
     model = io.BytesIO()
     pieces = (part for text in texts for part in safe_pieces(text, 1000))  # 4,192 bytes at most
     with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
@@ -376,7 +376,7 @@ def separator(tokenizer):
 
 def new_split(tokenizer):
     """The state of a split: what is written, and where to continue, `used` ids after the beginning
-    of the batch at `position`. Before the first text of characters stands no blank line."""
+    of the batch at `position`. No blank line stands before the first text of characters."""
     skip = len(separator(tokenizer)) if tokenizer.eot is None else 0
     return dict(shards=0, tokens=0, documents=int(skip > 0), finished=False, position=None,
                 used=skip)
@@ -628,7 +628,7 @@ def read_hub(source, column, where):
             for row, value in enumerate(table[column]):
                 if row >= first:
                     yield (state, row), text_of(value, source[0]), True
-            # Only now: before a batch is taken, the library does not give back its given state
+            # Only now: until a batch is taken, the library does not return the state it was given
             state, first = rows.state_dict(), 0
 
 
@@ -681,7 +681,7 @@ def find_files(dataset):
 
 
 def open_file(path, offset):
-    """A file opened to read bytes, decompressed, `offset` bytes after its beginning."""
+    """Open a file of bytes, decompressed, `offset` bytes after its beginning."""
     name = PACKED.get(os.path.splitext(path)[1].lower(), "io")
     file = importlib.import_module(name).open(path, "rb")
     file.seek(offset)

@@ -367,7 +367,7 @@ def as_json(value):
 
 def tokenizer_files(model):
     """{file name: its text}, as GPT-2's own tokenizer has them: vocab.json, merges.txt and
-    tokenizer_config.json. Empty for other tokenizers than byte-level BPEs."""
+    tokenizer_config.json. Empty for tokenizers that are not byte-level BPEs."""
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.spec["kind"] not in ("gpt2", "bpe"):
         return {}
@@ -395,7 +395,7 @@ def byte_characters():
 def merges_of(tokens):
     """[(left, right), ...]: the merge that made each token of two or more bytes, in order.
 
-    A token's bytes are merged by the merges before it; two parts are left, and these it joins.
+    Earlier merges reduce a token's bytes to two parts, which its own merge joins.
     Raises UserError for tokens that no merges make.
     """
     rank, merges = {token: i for i, token in enumerate(tokens)}, []
