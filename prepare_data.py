@@ -529,7 +529,8 @@ def finish(folder, meta, settings):
     where = folder.as_posix()
     presets = [preset for preset, change in PRESETS.items() if change.get("data_dir") == where]
     options = f" --preset={' or '.join(presets)}" if presets else "" if where == "data/stories" \
-        else f" {shlex.quote(f'--data_dir={folder}')} --rows=stream"
+        else " " + shlex.join([f"--data_dir={folder}", f"--out_dir=out/{folder.name}"]) \
+        + " --rows=stream"
     print(f"written to {folder}; now: python train_gpt2.py{options}")
 
 
