@@ -528,9 +528,10 @@ def finish(folder, meta, settings):
           + ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value))
     where = folder.as_posix()
     presets = [preset for preset, change in PRESETS.items() if change.get("data_dir") == where]
-    options = f" --preset={' or '.join(presets)}" if presets else "" if where == "data/stories" \
-        else " " + shlex.join([f"--data_dir={folder}", f"--out_dir=out/{folder.name}"]) \
-        + " --rows=stream"
+    options = f" --preset={' or '.join(presets)}" if presets else ""
+    if not presets and where != "data/stories":
+        own = f"--data_dir={folder}", f"--out_dir=out/{folder.name}", "--rows=stream"
+        options = " " + shlex.join(own)
     print(f"written to {folder}; now: python train_gpt2.py{options}")
 
 
