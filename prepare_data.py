@@ -309,7 +309,7 @@ def make_tokenizer(kind, parts, s):
 
 def train_sentencepiece(texts, vocab_size):
     """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
-    unknown token, <|endoftext|>. Every text comes back, except that U+2581 becomes a space."""
+    unknown token, <|endoftext|>. Every text comes back, but U+2581 becomes a space."""
     model = io.BytesIO()
     pieces = (part for text in texts for part in safe_pieces(text, 1000))  # 4,192 bytes at most
     with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
