@@ -80,17 +80,17 @@ class Settings:
     learning_rate: float = 8e-3  # the peak; small models take high rates
     min_lr: float = 0.0  # learning rate at the end of the cosine
     weight_decay: float = 0.1  # GPT-3 paper, appendix B
-    beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # and of the mean squared gradient (GPT-3 paper, appendix B)
+    beta1: float = 0.9  # decay of AdamW's first moment, the mean gradient
+    beta2: float = 0.95  # of the second, the mean square (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # clip the global gradient norm; 0 disables
     dropout: float = 0.0  # share of activations zeroed, against overfitting (memorizing)
     # the model
     n_layer: int = 2  # blocks
     n_head: int = 4  # attention heads in each block
-    n_embd: int = 96  # width: numbers that describe one token
+    n_embd: int = 96  # width: the embedding dimension
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
     activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
-    init_std: float = 0.08  # standard deviation of the initial weights; narrow models like more
+    init_std: float = 0.08  # standard deviation of initial weights; narrow models need more
     # what is measured, and how often (in steps)
     eval_only: bool = False  # measure init_from, or out_dir's best.pt; no training
     eval_every: int = 100  # validation loss, picture and report
@@ -178,7 +178,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
-    # Divided by the root of head_dim, scores have a variance near 1
+    # Dividing by the root of head_dim keeps softmax from saturating
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
     weights = dropped(weights.to(v.dtype), dropout)
@@ -187,7 +187,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
 
 class CausalSelfAttention(nn.Module):
     """The one place where tokens exchange information. Each asks with a query (q), offers a key
-    (k) and hands over a value (v), in n_head slices of the width, the heads, side by side."""
+    (k) and hands over a value (v), in n_head parallel slices of the width, the heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,7 +229,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x + attention, then x + MLP. x is the residual stream: each block adds to it, so the
-    gradient flows back to the embeddings through plain sums. A LayerNorm brings the C numbers of
+    gradient flows back to the embeddings through sums alone. A LayerNorm brings the C numbers of
     a token to mean 0 and variance 1, then applies a learned scale and shift. It stands before
     attention and MLP, not on the stream: pre-norm (GPT-2 paper, section 2.3)."""
 
@@ -269,8 +269,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
-        # products that are added to the residual stream start smaller by the root of their
-        # number; otherwise the stream would grow by that root (GPT-2 paper, section 2.3).
+        # products that are added to the residual stream are scaled by 1 / the root of their
+        # number, so that the stream does not grow with depth (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -298,7 +298,7 @@ class GPT(nn.Module):
                 x = x[:, -1:]  # (B, 1, C): generating needs the last prediction only
         x = self.transformer.ln_f(x)
         # Weight tying (Press & Wolf 2017): the token embedding is the output matrix too, which
-        # saves 39M parameters in GPT-2 and lowers the loss
+        # saves 39M parameters in GPT-2
         logits = unembed(x, self.transformer.wte.weight)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -380,7 +380,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours likely
     tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest (Fan et al. 2018), top_p
-    the fewest likeliest whose probabilities sum to p (Holtzman et al. 2020)."""
+    the fewest likeliest whose probabilities sum to at least p (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -439,13 +439,13 @@ class ShardedLoader:
 
 
 def make_optimizer(model, s, device):
-    """AdamW (Loshchilov & Hutter 2019). Adam divides the mean of a weight's gradients by the root
-    of their mean square, so each weight moves by about the learning rate. W is for weight decay:
-    matrices shrink by learning_rate * weight_decay per step; biases and norms do not."""
+    """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
+    the root of their mean square: a step is at most about the learning rate. W is weight decay:
+    a step scales matrices by 1 - learning_rate * weight_decay, not biases and norms."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
-    # eps keeps the root from 0 (GPT-3 paper, appendix B); fused: one kernel for all weights
+    # eps avoids a division by 0 (GPT-3 paper, appendix B); fused: one kernel for all weights
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
 
@@ -474,11 +474,11 @@ def train(s, world):
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
     optimizer = make_optimizer(raw_model, s, world.device)
-    # Many gradients are too small for float16 (6e-8): the scaler multiplies the loss by a large
-    # number, and divides before the step (Micikevicius et al. 2018)
+    # Gradients below 6e-8 are 0 in float16: the scaler multiplies the loss by a large number, and
+    # divides the gradients before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # They share their weights: raw_model is evaluated and saved, model takes the steps
+    # They share their weights: raw_model is evaluated and saved, model is trained
     model = compiled_and_parallel(raw_model.train(), s, world)
     announce(run, plan, loader)
 
@@ -502,7 +502,7 @@ def train(s, world):
             loss_sum = torch.zeros((), device=world.device)
             # Gradient accumulation: the gradients of micro-batches add up to those of the batch
             for micro_step, (x, y) in enumerate(micro_batches):  # x, y: (B, T)
-                # Dropout depends on the place in the run alone: a resumed run repeats it
+                # Dropout depends only on the place in the run: a resumed run repeats it
                 torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
                 more = micro_step < len(micro_batches) - 1
                 with world.accumulating(model, more):
@@ -510,9 +510,9 @@ def train(s, world):
                     # small updates are not rounded away
                     with world.autocast():
                         _, loss = model(x, y)
-                    # This mean's share in the mean over the step's tokens
+                    # Weight it by its share of the step's tokens
                     loss = loss * ((y != -1).sum() / targets_in_step)
-                    # DDP divides by world.size; this undoes it
+                    # DDP averages over processes; this undoes it
                     scaler.scale(loss * world.size).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
