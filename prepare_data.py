@@ -671,7 +671,7 @@ def find_files(dataset):
         if not os.path.isfile(path):
             near = get_close_matches(dataset, [*OURS, *OPENAI_NAMES], 1)
             what = "a folder" if os.path.isdir(path) else \
-                "no plain file" if os.path.exists(path) else \
+                "not a file" if os.path.exists(path) else \
                 f"no such file{', did you mean ' * len(near)}{''.join(near)}"
             raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME, or one of "
                             f"{', '.join(OURS)}")
@@ -722,7 +722,7 @@ def open_hub(repository, config, split):
 def write_hellaswag(s):
     """HellaSwag's validation questions (Zellers et al. 2019), a JSON object per line."""
     if HELLASWAG.exists() or s.out_dir:
-        raise UserError(f"{HELLASWAG} is there, or --out_dir is another place than that")
+        raise UserError(f"hellaswag writes {HELLASWAG}: remove it, or leave out --out_dir")
     with one_line("cannot read HellaSwag from the hub"):
         lines = [json.dumps({key: row[key] for key in ("ctx", "endings", "label")}) + "\n"
                  for row in open_hub("Rowan/hellaswag", None, "validation")]
@@ -878,7 +878,7 @@ GPT2_TOKENS = "e424375bafc3"
 def convert_weights(name, out_dir=""):
     """Writes a GPT-2 as a checkpoint at step 0 and returns its path: out/openai-<name>/best.pt for
     one of OpenAI's models, downloaded if it is not cached; out/<its name>/best.pt for a folder that
-    transformers wrote. Nothing in it is executed. Raises UserError for all that is not a GPT-2."""
+    transformers wrote. Nothing in it is executed. Raises UserError for anything but a GPT-2."""
     path = Path(out_dir, "best.pt") if out_dir else converted_path(name)
     if path.exists():
         print(f"{path} is there already")
@@ -911,7 +911,7 @@ def download_model(name):
 
 
 def read_config(path):
-    """(config for GPTConfig, settings) from a config.json; ValueError if it is no GPT-2's."""
+    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
     theirs = json.loads(path.read_bytes())
     config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     wrong = [key for key, value in FIXED.items() if theirs.get(key, value) != value]
@@ -925,7 +925,7 @@ def read_config(path):
 def read_weights(folder, model):
     """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
     tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever a
-    library raises, for all else."""
+    library raises, for anything else."""
     paths = sorted(folder.glob("model*.safetensors"))
     if paths and weight_file() == "model.safetensors":
         from safetensors.torch import load_file

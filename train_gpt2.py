@@ -322,7 +322,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
-        """The model in a file, with its tokenizer. Raises UserError if it is no checkpoint."""
+        """The model in a file, with its tokenizer. Raises UserError for any other file."""
         return load_model(path, device)
 
     @property
@@ -730,7 +730,7 @@ def choose_folder(s, world):
             found = load_checkpoint(folder / saved[0], start_over(folder), edited=True)
             why = difference(found, s)
         if not why and lock is None:
-            raise UserError(f"a run is at work in {folder}: stop it, or set another --out_dir")
+            raise UserError(f"another run uses {folder}: stop it, or set another --out_dir")
         if not why:
             world.at_end.callback(lock.release)
             if "ckpt.pt" in saved:
@@ -1064,7 +1064,7 @@ def read_shard(path):
             return np.memmap(path, "<u2", mode="r", offset=1024, shape=(count,))
     except (OSError, ValueError):
         pass
-    raise UserError(f"{path} is no whole shard, or cannot be read: prepare it again")
+    raise UserError(f"{path} is incomplete or unreadable: prepare it again")
 
 
 def shard_paths(data_dir):
@@ -1187,7 +1187,7 @@ def converted_path(name):
 
 
 def load_checkpoint(path, hint="", edited=False):
-    """The dict in a checkpoint, its tensors still in the file; a UserError for all else.
+    """The dict in a checkpoint, its tensors still in the file; else a UserError.
 
     Only plain data is unpickled, and shapes are checked before memory of their size is taken."""
     if path in OPENAI_NAMES:
@@ -1218,7 +1218,7 @@ def load_checkpoint(path, hint="", edited=False):
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
-        raise UserError(f"{path} is no whole checkpoint ({reason}) {hint}".strip()) from None
+        raise UserError(f"{path} is not a valid checkpoint ({reason}) {hint}".strip()) from None
 
 
 def load_model(path, device="cpu", **changes):
@@ -1678,7 +1678,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
         name = word.partition("=")[0].strip("-")
         near = difflib.get_close_matches(NANOGPT.get(name, name), kinds, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
-        raise UserError(f"{word!r} is no setting; {hint}")
+        raise UserError(f"{word!r} is not a setting; {hint}")
     preset = given.get("preset", getattr(cls, "preset", None))
     if presets and preset not in presets:
         raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
@@ -1689,7 +1689,7 @@ def number(kind, text):
     try:
         return None if text.lower() == "none" else kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
 
 
 def check_ranges(s, **ranges):

@@ -107,7 +107,7 @@ def test_damaged_shards(tmp_path, change):
     path = tmp_path / "a_train_000001.bin"
     write_shard(path, np.arange(100))
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError, match="is no whole shard"):
+    with pytest.raises(UserError, match="is incomplete"):
         read_shard(path)
 
 

@@ -27,15 +27,15 @@ CKPT = Path("out/run/ckpt.pt")
 TRAIN = """
 --max_iters=5 => did you mean --max_steps  --lerning_rate=1 => --learning_rate
 --max_steps => expected one argument
-hello => 'hello' is no setting  --preset=gpt3 => no preset 'gpt3' ... gpt2
---max_steps=1.5 => --max_steps: '1.5' is no int
+hello => 'hello' is not a setting  --preset=gpt3 => no preset 'gpt3' ... gpt2
+--max_steps=1.5 => --max_steps: expected int
 --n_embd=97 => no model has this shape  --n_layer=10000000 => at most 1,024
 --n_embd=1048576 => at most 65,536  --total_batch_size=1000 => must be a multiple of block_size
 --total_batch_size=96 => (96) must be a multiple ... batch_size * block_size (64)
 --device=cuda:99 => torch has no device
 --eval_only => no checkpoint out/stories/best.pt  --init_from=resume => no checkpoint resume
 --init_from=gpt2 => python prepare_data.py gpt2
---init_from=tales.txt => no whole checkpoint
+--init_from=tales.txt => not a valid checkpoint
 --init_from=out/abc/best.pt => different tokenizers
 --data_dir=data/abc --rows=documents => --rows=stream  --data_dir=nowhere => no train shards
 --data_dir=tales.txt => no train shards  --data_dir=out => no train shards
@@ -48,7 +48,7 @@ block_size=0 block_size=100000000 batch_size=0 total_batch_size=16000000000
 grad_accum_steps=0 n_head=0 seed=-1 seed={2**64} eval_every=0 eval_tokens=0 log_every=0""".split())
 PREPARE = """
 shakespear => did you mean shakespeare  nothing.txt => no such file
-tales.txt abc.txt => is no setting  tales.txt --out_dir=tales.txt => use tales.txt
+tales.txt abc.txt => not a setting  tales.txt --out_dir=tales.txt => use tales.txt
 tales.txt --vocab_size=290 --out_dir=data/tales => another --out_dir
 """ + "  ".join(f"tales.txt --{value} => it must be from" for value in (
     "vocab_size=256 vocab_size=70000 shard_tokens=1 val_fraction=1".split()))
@@ -56,7 +56,7 @@ SAMPLE = "  ".join(f"--{value} => it must be from" for value in (
     "temperature=-1 top_k=0 top_p=0 num_samples=0 max_new_tokens=0".split())) + """
 --device=abacus => no device  --checkpoint=nowhere.pt => no checkpoint
 --checkpoint=. => name a run's best.pt  --checkpoint=gpt2 => python prepare_data.py gpt2
---checkpoint=binary => no whole checkpoint  hello there => no setting
+--checkpoint=binary => not a valid checkpoint  hello there => not a setting
 axe --checkpoint=out/abc/best.pt => has no 'e'  @nowhere.txt => the prompt from nowhere.txt
 @out => cannot read  @ => a file without a name  @binary => not UTF-8
 --explain --num_samples=2 => one text  --interactive hello => the prompt
@@ -124,7 +124,7 @@ DAMAGED = [  # message, damage, its arguments
     ("cannot write", file, "out/run", b"a file"), ("cannot write", file, "out", b"a file"),
     ("ckpt.pt", file, CKPT, None), ("log.csv", file, "out/run/log.csv", None),
     ("no train shards", shard, "train", []), ("no val shards", shard, "val", []),
-    ("no whole shard", shard, "val", None),
+    ("is incomplete", shard, "val", None),
     ("holds token 9000", shard, "val", [279] + [9000] * 100),
     ("too few", shard, "train", [279]), ("too few", shard, "val", [279]),
     *(("meta.json", file, "data/tales/meta.json", content)

@@ -64,7 +64,7 @@ def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
         wait_for_step(run, broken, step)
         if number == signal.SIGINT:
             run.send_signal(signal.SIGSTOP)
-            assert "a run is at work" in fails(train_gpt2.main, argv, capsys)
+            assert "another run uses" in fails(train_gpt2.main, argv, capsys)
             run.send_signal(signal.SIGCONT)
         run.send_signal(number)
         output, errors = run.communicate(timeout=60)
