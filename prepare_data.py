@@ -303,7 +303,7 @@ def make_tokenizer(kind, parts, s):
     spec = train_sentencepiece(texts, s.vocab_size) if kind == "sentencepiece" else \
         bpe_spec(train_bpe(texts, s.vocab_size))
     if (size := len(spec["ranks"]) + 1) < s.vocab_size:
-        print(f"the text ran out of pairs: {size:,} tokens, not {s.vocab_size:,}")
+        print(f"only {size:,} tokens, not {s.vocab_size:,}: no pair left to merge")
     return spec
 
 

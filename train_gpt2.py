@@ -34,8 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# Threads that wait for each other spin, which keeps their cores busy. GNU's OpenMP spins so long
-# that beside another program training was up to 10 times as slow
+# Waiting threads spin, which keeps their cores busy. GNU's OpenMP spins so long that beside another
+# program training was 10 times as slow
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
@@ -552,8 +552,8 @@ class Run:
         self.mark = None  # (time, tokens) from where throughput is measured
         chosen = world.from_master(lambda: choose_folder(s, world))
         self.folder, self.saved, earlier, self.why_new = chosen
-        self.tokens = earlier.get("tokens", 0)  # that were trained on
-        world.compute_as(s, earlier)  # a resumed run keeps its precision
+        self.tokens = earlier.get("tokens", 0)  # trained on
+        world.compute_as(s, earlier)
 
     def resume(self, model, optimizer, scaler):
         """Load the checkpoint, if there is one; return the step to start from."""
@@ -567,7 +567,7 @@ class Run:
 
     @contextmanager
     def clock_stopped(self):
-        wait_for(self.world.device)  # throughput counts the steps under way, not what follows
+        wait_for(self.world.device)  # for the steps under way
         began = time.perf_counter()
         yield
         if self.mark:
@@ -665,7 +665,7 @@ class Run:
         self.save(step)
         again = "the same command" + " without --overwrite" * self.s.overwrite
         self.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
-        return 0 if number == TIME_IS_UP else 128 + number  # as shells report it
+        return 0 if number == TIME_IS_UP else 128 + number  # as in a shell
 
     def finished(self):
         minutes = (time.perf_counter() - self.began) / 60
@@ -688,10 +688,14 @@ def announce(run, plan, loader):
     if device.type == "cuda":
         device = torch.cuda.get_device_name(device)
     run.plan = (
-        f"model: {N:,} parameters; expect a first loss near ln {V:,} = {math.log(V):.2f}\n"
-        f"machine: {world.size} x {device}, {s.dtype} at {speed / 1e9:,.0f} GFLOP/s\n"
+        f"model: {N:,} parameters; the loss (-ln p, in nats) starts near ln {V:,} = "
+        f"{math.log(V):.2f}\nmachine: {world.size} x {device}, {s.dtype} at {speed / 1e9:,.0f} "
+        "GFLOP/s (MFU: share in use)\n"
         f"plan: {s.max_steps:,} steps of {rows} rows, {at_once} at once; {tokens:,.0f} tokens, "
         f"{epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens per parameter")
+    if s.rows == "documents" and (floor := run.data.meta.get("entropy_floor")):
+        run.plan += (f"\nfloor: {floor:.4f} nats, the lowest loss to expect; above it by wording "
+                     "(fixed), choices (random), recall (of earlier choices)")
     print(run.plan)
     print(f"continuing {run.folder} from step {run.start:,} ({start_over(run.folder)})"
           if run.start else f"a new run in {run.folder}{run.why_new}")
@@ -730,7 +734,7 @@ def choose_folder(s, world):
             found = load_checkpoint(folder / saved[0], start_over(folder), edited=True)
             why = difference(found, s)
         if not why and lock is None:
-            raise UserError(f"another run uses {folder}: stop it, or set another --out_dir")
+            raise UserError(f"another run uses {folder}: stop it, or change --out_dir")
         if not why:
             world.at_end.callback(lock.release)
             if "ckpt.pt" in saved:
@@ -902,9 +906,8 @@ def step_batches(loader, step, plan, world):
 
 
 class RowIndex:
-    """Which tokens are row number g? With `eot`, a row is a document.
-
-    An epoch shuffles the shards, and the rows within each: memory holds two shards' order."""
+    """Which tokens are row number g? With `eot`, a row is a document. An epoch shuffles the shards,
+    and the rows within each: memory holds two shards' order."""
 
     def __init__(self, shards, block_size, seed, eot):
         self.shards, self.block_size, self.seed, self.eot = shards, block_size, seed, eot
@@ -1134,7 +1137,7 @@ def writing(path):
         if not isinstance(reason, OSError):
             raise
         raise UserError(f"cannot write {path} ({reason.strerror}): make room or choose another "
-                        "folder; what was there before is intact") from None
+                        "folder; older files are intact") from None
 
 
 def write_atomically(path, write):
@@ -1187,9 +1190,8 @@ def converted_path(name):
 
 
 def load_checkpoint(path, hint="", edited=False):
-    """The dict in a checkpoint, its tensors still in the file; else a UserError.
-
-    Only plain data is unpickled, and shapes are checked before memory of their size is taken."""
+    """The dict in a checkpoint, its tensors still in the file; else a UserError. Only plain data
+    is unpickled, and shapes are checked before memory of their size is taken."""
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
     if not os.path.isfile(path):
@@ -1263,7 +1265,7 @@ class World:
         self.is_master = self.rank == 0  # the process that writes and prints
         self.device = pick_device(s.device, os.environ.get("LOCAL_RANK", "0"))
         self.dtype = pick_dtype(s.dtype, self.device)
-        self.at_end = ExitStack()  # closed however the run ends
+        self.at_end = ExitStack()  # closed at the end
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(self.device)
@@ -1288,7 +1290,7 @@ class World:
         return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
     def accumulating(self, model, more_to_come):
-        # DDP averages gradients over processes after the last micro-batch
+        # DDP averages after the last one only
         return model.no_sync() if self.size > 1 and more_to_come else nullcontext()
 
     def reduce(self, tensor, largest=False):
@@ -1367,8 +1369,8 @@ def keep_memory():
 
 
 def is_out_of_memory(error):
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+    said = re.search("(out of|allocate|enough) memory", str(error))
+    return isinstance(error, MemoryError) or said is not None
 
 
 def mix(*numbers):
@@ -1411,8 +1413,8 @@ def check_shape(c):
     odd = c.pos_encoding == "sinusoidal" and c.n_embd % 2
     if not all(type(size) is int and 0 < size <= 2**24 for size in sizes) or c.n_layer > 1024 \
             or c.n_embd % c.n_head or odd or c.n_embd > 2**16 or not 0 <= c.dropout < 1:
-        raise UserError(f"no model has this shape: {c}. n_embd must be a multiple of n_head (and "
-                        "even with sinusoids), at most 65,536, n_layer at most 1,024")
+        raise UserError(f"impossible shape {c}: n_embd must be a multiple of n_head (and even with "
+                        "sinusoids), at most 65,536, n_layer at most 1,024")
 
 
 def sinusoids(block_size, n_embd, std):
@@ -1470,10 +1472,9 @@ def evaluating(model):
 
 
 def evaluate(model, loader, s, world, data):
-    """Measure the validation rows, always the same ones: {column of the log: value}.
-
-    Losses are in nats per token, above the entropy floor where it is known for just these rows.
-    Sums have one order, whatever the number of processes."""
+    """The loss on the validation rows, always the same ones, in nats per token, and its part above
+    the floor where that is known: {column of the log: value}. Sums have one order, whatever the
+    number of processes."""
     count = loader.rows_per_epoch
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
@@ -1508,9 +1509,8 @@ def evaluate(model, loader, s, world, data):
 
 
 def hellaswag(model, questions, world):
-    """Which of its four endings does the model expect of each question (Zellers et al. 2019)?
-
-    A question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
+    """Which of its four endings does the model expect of each question (Zellers et al. 2019)? A
+    question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
     ending of the lowest loss, in total and per token."""
     encode, block_size, device = model.tokenizer.encode, model.config.block_size, world.device
     losses = torch.zeros((len(questions), 4, 2))
@@ -1565,7 +1565,7 @@ def in_words(found):
     if "above_floor" in found:
         above = 100 * found["above_floor"] / (found["val_loss"] - found["above_floor"])
         parts = ", ".join(f"{skill} {{above_floor_{skill}:.3f}}" for skill in SKILLS)
-        text += f", {above:.1f} % above the floor ({parts})"
+        text += f", {above:,.1f} % above the floor ({parts})"
     if "hellaswag_acc" in found:
         text += " HellaSwag acc {hellaswag_acc:.2%}, acc_norm {hellaswag_acc_norm:.2%}"
     return text.format(**found).strip()
@@ -1600,11 +1600,9 @@ def flops_per_token(model, T):
 
 # ---- The command line ----
 
-NANOGPT = {"max_iters": "max_steps", "eval_interval": "eval_every"}
-
 
 class UserError(Exception):
-    """A mistake that the user can correct."""
+    """A user's mistake."""
 
 
 def reports_mistakes(main):
@@ -1636,9 +1634,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
-    """(settings, {name: value} given): defaults, then the preset, then the command line.
-
-    The comments of the class are the help. A word without dashes sets the setting `bare`."""
+    """(settings, {name: value} given): defaults, then the preset, then the command line. The
+    comments of the class are the help. A word without dashes sets the setting `bare`."""
     table = ["presets:"] * bool(presets)
     for name, changes in (presets or {}).items():
         s = cls(**changes)
@@ -1675,8 +1672,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     if (text := given.pop("bare", None)) is not None:
         given.setdefault(bare, text)
     for word in unknown:
-        name = word.partition("=")[0].strip("-")
-        near = difflib.get_close_matches(NANOGPT.get(name, name), kinds, 1, 0.5)
+        name = word.partition("=")[0].strip("-").replace("iters", "steps")  # as in nanoGPT
+        near = difflib.get_close_matches(name.replace("interval", "every"), kinds, 1, 0.5)
         hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
         raise UserError(f"{word!r} is not a setting; {hint}")
     preset = given.get("preset", getattr(cls, "preset", None))
@@ -1735,7 +1732,7 @@ def main(argv=None):
         return report_evaluation(s, world) if s.eval_only else train(s, world)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
-            print(f"error: process {world.rank} lost another one; the same command resumes the run",
+            print(f"error: process {world.rank} lost another one; the same command resumes",
                   file=sys.stderr, flush=True)
             os._exit(1)  # a regular end may wait for the other one
         if not is_out_of_memory(error):

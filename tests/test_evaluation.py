@@ -137,7 +137,7 @@ def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
                      r"rows, 4 at once; (.*) tokens, .* (.*) tokens per parameter$", output, re.M)
     tokens = 30 * 8 * (train["tokens"] - 1) / train["documents"]
     assert plan.groups() == (f"{N:,}", f"{math.log(V):.2f}", f"{tokens:,.0f}", f"{tokens / N:.1f}")
-    assert re.search(r"^step 30: val \d\.\d{4}, \d\.\d{3} bits per byte, [\d.]+ % above the floor "
+    assert re.search(r"^step 30: val \d\.\d{4}, \d\.\d{3} bits per byte, [\d,.]+ % above the floor "
                      r"\(wording [\d.]+, choices -?[\d.]+, recall [\d.]+\)$", output, re.M)
     assert stopped(24, [*argv, f"--out_dir={broken}"]) == 143
     for name in ("report.md", "loss.svg"):

@@ -29,7 +29,7 @@ TRAIN = """
 --max_steps => expected one argument
 hello => 'hello' is not a setting  --preset=gpt3 => no preset 'gpt3' ... gpt2
 --max_steps=1.5 => --max_steps: expected int
---n_embd=97 => no model has this shape  --n_layer=10000000 => at most 1,024
+--n_embd=97 => impossible shape  --n_layer=10000000 => at most 1,024
 --n_embd=1048576 => at most 65,536  --total_batch_size=1000 => must be a multiple of block_size
 --total_batch_size=96 => (96) must be a multiple ... batch_size * block_size (64)
 --device=cuda:99 => torch has no device
