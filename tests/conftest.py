@@ -145,7 +145,7 @@ def contents(folder):
 
 @contextlib.contextmanager
 def small_files(size):
-    """No file may become larger: this stands for a full disk."""
+    """No file may become larger, as on a full disk."""
     import resource
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

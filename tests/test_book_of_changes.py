@@ -1,4 +1,4 @@
-"""The patches in tests/changes: every one is in force everywhere."""
+"""Every patch in tests/changes is in force everywhere."""
 import ast
 import importlib.util
 import itertools

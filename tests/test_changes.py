@@ -1,4 +1,4 @@
-"""Who changes a line of the model gets the changed model everywhere."""
+"""A changed line of the model is in force everywhere."""
 import subprocess
 import sys
 

@@ -1,5 +1,4 @@
-"""Every source of text, through every tokenizer, to the same shards, however often the work is
-cut off."""
+"""Every source and tokenizer gives the same shards, even when preparation is cut off."""
 import collections
 import contextlib
 import gzip
@@ -37,7 +36,7 @@ def split_ids(folder, split):
 
 
 def documents_in(folder):
-    """(the training split's texts, the validation split's), of characters one text each."""
+    """(the training split's texts, the validation split's); for characters one text each."""
     tokenizer, found = train_gpt2.open_data(folder).tokenizer, []
     for split in ("train", "val"):
         ids, eot = split_ids(folder, split), tokenizer.eot
@@ -68,7 +67,7 @@ def lines_of(rows):
 
 
 def source(kind, folder, documents):
-    """A file of these documents, where it has columns in one named `story`."""
+    """A file of these documents; if it has columns, they are in `story`."""
     lines = lines_of({"n": i, "story": text} for i, text in enumerate(documents))
     data = {"txt": "\n".join(filter(None, documents)).encode(), "jsonl": lines,
             "jsonl.gz": gzip.compress(lines), "ndjson.xz": lzma.compress(lines),
@@ -101,7 +100,7 @@ class Cut(BaseException):
 
 
 def stop_after_every_shard(argv):
-    """Starts main again and again, each time cut off after one more shard; how often."""
+    """Restart main until it ends, cut off after every shard; return how often."""
     write_text, write_shard, written = prepare_data.write_text, prepare_data.write_shard, []
 
     def cut(path, text):

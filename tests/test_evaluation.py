@@ -1,4 +1,4 @@
-"""What a run says of itself: losses by skill, HellaSwag, the picture, the report."""
+"""What a run reports: losses by skill, HellaSwag, the picture, the report."""
 import json
 import math
 import re

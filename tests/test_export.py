@@ -94,7 +94,7 @@ EDITS = {use_silu: "differ by",
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_an_edited_model_is_refused(edit, tmp_path, monkeypatch):
-    """In one line; nothing is left of it, and an earlier export is as it was."""
+    """In one line, which leaves nothing behind; an earlier export stays."""
     sample.export(random_model(), tmp_path / "earlier")
     before = contents(tmp_path)
     edit(monkeypatch)
@@ -106,8 +106,8 @@ def test_an_edited_model_is_refused(edit, tmp_path, monkeypatch):
 
 
 def test_another_models_folder_is_refused(tmp_path, capsys):
-    """What transformers would read beside our files is named, and everything stays. An export of
-    ours is replaced, and what is no model's is left alone."""
+    """A file that transformers would read beside ours is named, and nothing changes. An export of
+    ours is replaced; files of no model stay."""
     (tmp_path / "notes.txt").write_text("mine")
     for _ in range(2):
         sample.export(random_model(BYTES), tmp_path)

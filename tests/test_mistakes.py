@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong takes one line, exit status 2, and harms nothing."""
+"""A user's mistake gets one line and exit status 2, and harms nothing."""
 import inspect
 import io
 import json

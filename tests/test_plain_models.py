@@ -129,7 +129,7 @@ def test_a_plain_gpt2_takes_the_same_steps(max_steps, warmup, origin, stories, t
 
 
 def docstrings(size):
-    """English at hand, at least so many bytes: of installed packages."""
+    """At least so many bytes of English, from installed packages."""
     found = []
     for path in sorted(Path(torch.__file__).parents[1].rglob("*.py")):
         texts = re.findall(r'"""(.*?)"""', path.read_text(encoding="utf-8", errors="replace"), re.S)
@@ -140,8 +140,8 @@ def docstrings(size):
 
 
 def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
-    """Its whole road: BPE, shards, sinusoids, ReLU, samples, report. On docstrings, as
-    FineWeb-Edu is far: with FULL_TESTS 5 MB, 300 steps, a tenth of its size."""
+    """From BPE to report, on docstrings in place of FineWeb-Edu; with FULL_TESTS on 5 MB for 300
+    steps, at a tenth of its size."""
     size, V, T, C, rows, max_steps = 200_000, 400, 32, 16, 8, 60
     if FULL:
         size, V, T, C, rows, max_steps = 5_000_000, 9157, 256, 144, 12, 300

@@ -53,9 +53,10 @@ def test_every_command_parses_and_runs_as_printed(tmp_path, monkeypatch, gpt2_vo
 
 
 def test_links_and_glossary():
-    """A link leads to a file or a page; a word of the glossary occurs in Part 1, and its line."""
+    """A link leads to a file, a heading or a page; a word of the glossary occurs in Part 1, and its line."""
     for link in re.findall(r'(?:\]\(|src=")(.+?)[)"]', README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        heading = "\n## " + link[1:].replace("-", " ") + "\n"
+        assert link.startswith("https://") or (ROOT / link).exists() or heading in README.lower()
     code = (ROOT / "train_gpt2.py").read_text(encoding="utf-8").partition("PART 2: ")[0]
     glossary = README.partition("Glossary")[2]
     words = re.findall(r"^\| (.+?) \| .+? \| `(.+)` \|$", glossary, re.M)

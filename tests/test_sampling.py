@@ -72,7 +72,7 @@ def wanted(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (0.6, None, None), (1.7, 5, None), (1.0, None, 0.8), (0.8, 9, 0.7), (2.0, 3, 1.0)])
 def test_draws_are_fair(temperature, top_k, top_p):
-    """100,000 draws pass a chi-square test at 1 in 10,000; what is cut away never comes."""
+    """100,000 draws pass a chi-square test at 1 in 10,000; tokens that are cut off never come."""
     torch.manual_seed(5)
     model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16)).eval()
     model.transformer.wte.weight.data.mul_(8)
@@ -187,7 +187,7 @@ def test_a_prompt_from_anywhere(write, monkeypatch):
 
 
 def test_the_newest_model_is_named(trained, capsys, monkeypatch):
-    """Beside the text; never converted weights. Another model's code is a note."""
+    """On stderr; converted weights are never the newest. Other model code gives a note."""
     for name, age in (("a", -60), ("openai-gpt2", 60)):
         path = Path("out") / name / "best.pt"
         path.parent.mkdir()

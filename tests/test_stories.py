@@ -1,4 +1,4 @@
-"""The embedded stories and the default run: stories are prepared, learned, and told anew."""
+"""The embedded stories and the default run: prepared, learned, and told again."""
 import itertools
 import json
 import math
@@ -19,8 +19,8 @@ def text_of(pieces):
 
 
 def parse(text):
-    """What was chosen in this story, {slot: words}; None where it is no story of the grammar: a
-    sentence that it lacks, a name that changes, a pronoun or a remedy that does not fit."""
+    """What was chosen in this story, {slot: words}; None if the grammar cannot tell it: an unknown
+    sentence, a name that changes, a pronoun or a remedy that does not fit."""
     known, rest = {}, text
     for wordings in prepare_data.SENTENCES:
         for wording in wordings:
@@ -76,7 +76,7 @@ def test_floor_and_skills_are_those_of_the_validation_stories(stories):
 
 def test_different_choices_never_tell_the_same_story():
     """The probabilities of a cut-down grammar, all of whose stories are told, add up to 1; and of
-    many stories of the whole grammar no two are alike unless their choices are."""
+    many stories of the whole grammar, only those with equal choices are equal."""
     told, pending = {}, [[]]
     while pending:  # a path is a list of choices, 0 behind its end
         path, sizes = pending.pop(), []

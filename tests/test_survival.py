@@ -99,7 +99,7 @@ def die_in(name, count):
 @posix
 def test_killed_at_any_instant(tiny_run, tmp_path):
     """At 30 random ones with FULL_TESTS, and at those that matter most. The same command always
-    resumes, and ends as a run does that nobody touched."""
+    resumes, and ends as an undisturbed run does."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     Child(["--help"], tmp_path).wait()  # imports, once for all
     began = time.monotonic()
@@ -154,8 +154,8 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
 
 @posix
 def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
-    """The checkpoint of the moment before is whole; with room again, the end has the same bytes.
-    A RuntimeError that no disk caused is a bug, and stays one."""
+    """The previous checkpoint stays whole; with room again, the end has the same bytes. A
+    RuntimeError that no disk caused keeps its traceback."""
     whole = tmp_path / "whole"
     train_gpt2.main([*tiny_run, f"--out_dir={whole}"])
     stopped(9, tiny_run)
@@ -173,7 +173,7 @@ def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
 
 @posix
 def test_a_full_disk(tiny_run, tmp_path, capsys):
-    """A checkpoint and its successor do not fit on it."""
+    """It has no room for two checkpoints at once."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
@@ -224,7 +224,7 @@ def test_other_numbers_of_processes(tiny_run, tmp_path):
 
 @posix
 def test_a_process_that_dies(tiny_run, tmp_path):
-    """The other one ends by itself, in one line."""
+    """The other one ends by itself, with one line."""
     runs = together(2, [*tiny_run, "--max_steps=100000"], tmp_path)
     while not (tmp_path / "run" / "ckpt.pt").exists():
         time.sleep(0.05)

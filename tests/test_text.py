@@ -1,4 +1,4 @@
-"""Text as people really have it: read, or refused in one true line."""
+"""Text as people really have it is read, or refused in one line."""
 import collections
 import random
 

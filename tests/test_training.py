@@ -1,4 +1,4 @@
-"""Runs: resumed to the byte, or begun anew in the next folder."""
+"""Runs resume bit for bit, or start again in the next folder."""
 import functools
 import os
 import re
@@ -54,7 +54,7 @@ def wait_for_step(run, folder, step):
 
 @posix
 def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
-    """And while such a run is alive, no other one takes its folder."""
+    """While a run is alive, no other one takes its folder."""
     small_run.append("--max_steps=60")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, c
 
 
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
-    """However seldom it is logged, and without a trace in the weights."""
+    """Even with rare logs, and with no effect on the weights."""
     seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--sample_every=100000",
               "--checkpoint_every=100000", "--max_steps=100"]
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0

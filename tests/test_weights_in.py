@@ -1,5 +1,5 @@
-"""GPT-2s of OpenAI and transformers become checkpoints, their logits and ids unchanged; a folder
-that means harm is refused in one line."""
+"""GPT-2s of OpenAI and transformers become checkpoints, their logits and ids unchanged; a malicious
+folder is refused in one line."""
 import json
 import math
 import socket
@@ -63,7 +63,7 @@ def trained():
 
 
 def swapped(a, b):
-    """Lets the tokens at two places change them."""
+    """Swaps the tokens at two places."""
     def change(whole):
         vocab = whole["model"]["vocab"]
         names = sorted(vocab, key=vocab.get)
@@ -85,8 +85,8 @@ OTHER_TOKENIZERS = {
 
 
 def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(trained, tmp_path):
-    """Its ids would be wrong: the model is converted without it. Unchanged it is kept, from
-    vocab.json and merges.txt as from tokenizer.json."""
+    """Its ids would be wrong, so the model is converted without it. Unchanged, it is kept, from
+    vocab.json and merges.txt or from tokenizer.json."""
     write_tokenizer(trained, tmp_path)
     size, folder = Tokenizer(trained).vocab_size, tmp_path / "theirs"
     path = prepare_data.convert_weights(str(tmp_path), str(tmp_path / "converted"))
@@ -116,7 +116,7 @@ def test_gpt2s_tokenizer_is_recognised(gpt2_vocabulary, tmp_path):
 
 
 def test_gpt2_from_the_hub(tmp_path):
-    """Downloaded once, then at hand without a network; out of reach: one line."""
+    """Downloaded once, then used without a network; out of reach: one line."""
     theirs, served = theirs_of(50257, **SIZES[1]), tmp_path / "served"
     theirs.save_pretrained(served)
     for name in ("vocab.json", "merges.txt", "pytorch_model.bin"):
