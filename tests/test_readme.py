@@ -53,7 +53,8 @@ def test_every_command_parses_and_runs_as_printed(tmp_path, monkeypatch, gpt2_vo
 
 
 def test_links_and_glossary():
-    """A link leads to a file, a heading or a page; a word of the glossary occurs in Part 1, and its line."""
+    """A link leads to a file, a heading or a page. A word of the glossary occurs in Part 1, as does
+    its line."""
     for link in re.findall(r'(?:\]\(|src=")(.+?)[)"]', README):
         heading = "\n## " + link[1:].replace("-", " ") + "\n"
         assert link.startswith("https://") or (ROOT / link).exists() or heading in README.lower()
