@@ -172,7 +172,7 @@ NETWORK = {"ConnectionError", "Timeout", "TimeoutError", "TransportError", "Clie
 
 @contextlib.contextmanager
 def one_line(what, advice=""):
-    """Turns whatever a library raises over a user's input into one line."""
+    """Turns what a library raises over a user's input into one line."""
     try:
         yield
     except (UserError, MemoryError):
@@ -252,7 +252,7 @@ def open_source(s, paths):
 
 def split_source(read, files, s):
     """The two parts of files, cut between documents, or inside a single one. All is read once, so
-    bad input shows before the work begins."""
+    bad input shows early."""
     read = partial(read_files, read, files, s.text_column)
     whole, documents, characters = Part(read), 0, 0
     for text, begins in whole.pieces():
@@ -516,9 +516,10 @@ def overlapping(shards, overlap=1):
 
 
 def finish(folder, meta, settings):
-    write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
-    for path in [folder / PROGRESS, *folder.glob(".*.tmp")]:
+    for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+    write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
+    (folder / PROGRESS).unlink(missing_ok=True)
     for split in ("train", "val"):
         m = meta[split]
         print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, "
@@ -630,7 +631,7 @@ def read_hub(source, column, where):
             for row, value in enumerate(table[column]):
                 if row >= first:
                     yield (state, row), text_of(value, source[0]), True
-            # Only now: until a batch is taken, the library does not return the state it was given
+            # Only now: before that, the library does not return the state it was given
             state, first = rows.state_dict(), 0
 
 
