@@ -165,7 +165,7 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-# Bases of what Python, requests, httpx and aiohttp raise when a network fails
+# Base classes of network errors in Python, requests, httpx and aiohttp
 NETWORK = {"ConnectionError", "Timeout", "TimeoutError", "TransportError", "ClientConnectionError",
            "OfflineModeIsEnabled"}
 
@@ -181,7 +181,7 @@ def one_line(what, advice=""):
         reason, cause = getattr(error, "strerror", 0) or " ".join(str(error).split())[:200], error
         while cause:
             if NETWORK & {base.__name__ for base in type(cause).__mro__}:
-                advice = ": the network failed; the same command continues once it is back"
+                advice = ": the network failed; the same command continues later"
             cause = cause.__cause__ or cause.__context__
         raise UserError(f"{what} ({type(error).__name__}: {reason}){advice}") from None
 
@@ -516,6 +516,7 @@ def overlapping(shards, overlap=1):
 
 
 def finish(folder, meta, settings):
+    # Before meta.json: a complete folder is never cleaned again
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
@@ -855,7 +856,7 @@ def count_words(texts):
     """{word: how often it occurs}; words are what GPT-2's pattern finds."""
     words, pattern = collections.Counter(), regex.compile(SPLIT_PATTERN)
     for text in texts:
-        for piece in safe_pieces(text, PIECE):  # the list of a huge text's words would be huge
+        for piece in safe_pieces(text, PIECE):
             words.update(pattern.findall(piece))
     return words
 

@@ -70,12 +70,11 @@ class Settings:
 
 def newest_checkpoint():
     """The latest out/*/best.pt that training wrote. Raises UserError where there is none."""
-    # Converted weights (out/openai-gpt2) are nobody's latest run: they are used when named
-    found = [path for path in Path("out").glob("*/best.pt")
-             if not path.parent.name.startswith("openai-")]
+    # Converted weights have no log beside them: they are used only when they are named
+    found = [path for path in Path("out").glob("*/best.pt") if path.with_name("log.csv").exists()]
     if not found:
-        raise UserError("there is no checkpoint under out/: train one with python train_gpt2.py, "
-                        "or name one: --checkpoint=FILE")
+        raise UserError("there is no trained model under out/: train one with python "
+                        "train_gpt2.py, or name one: --checkpoint=FILE")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -235,7 +234,8 @@ def converse(model, s):
 
 # torch's Linear stores these weights as (out, in), the Conv1D of transformers as (in, out)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-ANOTHER = "the model computes another function than transformers' GPT-2: "
+ANOTHER = ("the model computes another function than transformers' GPT-2, so it can only be used "
+           "here, with sample.py or GPT.from_checkpoint: ")
 
 
 def export(model, folder):
@@ -420,7 +420,8 @@ def run(s, path, device, prompt):
     """Load the model and do what the settings ask for."""
     model = load_model(path)
     if model.is_edited:
-        note(f"{path} was written by other model code: its weights may not fit today's")
+        note(f"{path} was written by other model code. If the text is poor, undo the edit of "
+             "train_gpt2.py, or train again")
     if s.export:
         export(model, s.export)
         print(f"{s.export} is ready, made from {path}: "

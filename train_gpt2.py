@@ -3,11 +3,11 @@
     python train_gpt2.py                              # offline, 3 minutes: learns little stories
     python train_gpt2.py --n_layer=4 --max_steps=500  # each setting below is also an option
     python train_gpt2.py --preset=gpt2                # after `python prepare_data.py fineweb_edu`
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2      # on eight GPUs
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2  # on eight GPUs
 
 Part 1 is the lesson; Part 2, the machinery, can be skipped on a first reading. Papers that the
-comments cite: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"),
-GPT (Radford et al. 2018), GPT-3 (Brown et al. 2020), Attention (Vaswani et al. 2017).
+comments cite: GPT (Radford et al. 2018), GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020),
+Attention (Vaswani et al. 2017).
 """
 import argparse
 import ast
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 # Waiting threads spin, which keeps their cores busy. GNU's OpenMP spins so long that beside another
-# program training was 10 times as slow
+# program training was up to 10 times as slow
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
@@ -165,20 +165,20 @@ class GPTConfig:
 def causal_attention(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1). Each token takes a
     weighted mean of the values of the tokens up to itself; the causal mask hides the later ones,
-    which the model learns to predict. q is (B, n_head, T, head_dim), the last T of S tokens; k
-    and v are (B, n_head, S, head_dim). Returns (B, n_head, T, head_dim)."""
+    which the model learns to predict. q and the result are (B, n_head, T, head_dim); k and v are
+    (B, n_head, S, head_dim), where S is T plus the tokens in the cache."""
     T, S = q.size(-2), k.size(-2)
     if T == 1 and q.is_cpu and q.dtype == torch.bfloat16:  # faster in float32
         return causal_attention(q.float(), k.float(), v.float(), dropout, flash).to(q.dtype)
     # -inf where a query (row) must not look at a key (column), else 0; added to the scores
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    # One fused kernel, except on a CPU in bfloat16 (where it was 1.6 to 6 times as slow) or with
-    # dropout (which it lacks)
+    # The lines below in one kernel (a program of the device) that never stores the scores; not on
+    # a CPU in bfloat16, where it was 1.6 to 6 times as slow, or with dropout, which it lacks there
     if flash and not (q.is_cpu and (q.dtype == torch.bfloat16 or dropout)):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
-    # Dividing by the root of head_dim keeps softmax from saturating
+    # A score is a sum of head_dim products. Undivided, the largest would take nearly all the weight
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
     weights = dropped(weights.to(v.dtype), dropout)
@@ -187,7 +187,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
 
 class CausalSelfAttention(nn.Module):
     """The one place where tokens exchange information. Each asks with a query (q), offers a key
-    (k) and hands over a value (v), in n_head parallel slices of the width, the heads."""
+    (k) and hands over a value (v), in n_head parallel slices of the C numbers, the heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,7 +201,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # Split the width into heads: (B, T, C) -> (B, n_head, T, head_dim)
+        # Split C into heads: (B, T, C) -> (B, n_head, T, head_dim)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
         if cache is not None:  # prepend the keys and values of earlier tokens
             k, v = cache.extend(self, k, v)  # (B, n_head, S, head_dim)
@@ -218,7 +218,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # GPT-2's GELU is the tanh approximation (Hendrycks & Gimpel 2016, section 2)
+        # ReLU is max(0, x); GELU is smoother, in GPT-2 by tanh (Hendrycks & Gimpel 2016, section 2)
         self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
         self.dropout = Dropout(config.dropout)
 
@@ -228,10 +228,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. x is the residual stream: each block adds to it, so the
-    gradient flows back to the embeddings through sums alone. A LayerNorm brings the C numbers of
-    a token to mean 0 and variance 1, then applies a learned scale and shift. It stands before
-    attention and MLP, not on the stream: pre-norm (GPT-2 paper, section 2.3)."""
+    """x + attention, then x + MLP. x is the residual stream: each block adds to it. Along these
+    sums the gradient flows back past all blocks, and does not vanish with depth. A LayerNorm
+    brings the C numbers of a token to mean 0 and variance 1, then applies a learned scale and
+    shift. It changes what attention and MLP read, not x: pre-norm (GPT-2 paper, section 2.3)."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,9 +250,9 @@ class GPT(nn.Module):
 
     `model(idx, targets)` takes (B, T) int64 ids and returns (logits, loss). The logits, (B, T,
     V), are scores whose softmax gives the probability of each next token. The loss is the mean
-    cross-entropy, -ln p(target), in nats per token, over the targets that are not -1; without
-    targets it is None. With a KVCache, idx follows the tokens in it; without targets the logits
-    are then those of the last token, (B, 1, V). Raises UserError for an impossible config,
+    cross-entropy, -ln p(target), in nats per token, without targets of -1, which is padding; it
+    is None without targets. With a KVCache, idx is the new tokens only; without targets the
+    logits are then those of the last token, (B, 1, V). Raises UserError for an impossible config,
     ValueError for too many tokens."""
 
     def __init__(self, config, init_std=0.02):
@@ -269,8 +269,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
-        # products that are added to the residual stream are scaled by 1 / the root of their
-        # number, so that the stream does not grow with depth (GPT-2 paper, section 2.3).
+        # c_proj, which add to the residual stream, start smaller by the root of their number, so
+        # that the stream does not grow with depth (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -684,18 +684,16 @@ def announce(run, plan, loader):
     speed, N, V = matmul_speed(world), model.num_parameters(), model.config.vocab_size
     run.peak, epochs = speed * world.size, s.max_steps * rows / loader.rows_per_epoch
     tokens = epochs * sum(len(shard) - 1 for shard in loader.shards)
-    device = world.device
-    if device.type == "cuda":
-        device = torch.cuda.get_device_name(device)
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device
     run.plan = (
-        f"model: {N:,} parameters; the loss (-ln p, in nats) starts near ln {V:,} = "
+        f"model: {N:,} parameters; guessing blindly has a loss (-ln p, in nats) of ln {V:,} = "
         f"{math.log(V):.2f}\nmachine: {world.size} x {device}, {s.dtype} at {speed / 1e9:,.0f} "
         "GFLOP/s (MFU: share in use)\n"
         f"plan: {s.max_steps:,} steps of {rows} rows, {at_once} at once; {tokens:,.0f} tokens, "
         f"{epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens per parameter")
     if s.rows == "documents" and (floor := run.data.meta.get("entropy_floor")):
-        run.plan += (f"\nfloor: {floor:.4f} nats, the lowest loss to expect; above it by wording "
-                     "(fixed), choices (random), recall (of earlier choices)")
+        run.plan += (f"\nfloor: {floor:.4f} nats, the lowest loss to expect. The nats above it are "
+                     "of wording (fixed), choices (random), recall (of earlier choices)")
     print(run.plan)
     print(f"continuing {run.folder} from step {run.start:,} ({start_over(run.folder)})"
           if run.start else f"a new run in {run.folder}{run.why_new}")
@@ -844,8 +842,8 @@ def write_report(run, rows):
     write_text(run.folder / "loss.svg", '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" '
                f'font-family="sans-serif" font-size="13" viewBox="0 0 720 620">{body}</svg>\n')
     table = "".join(f"| {row['step']:,.0f} | {in_words(row)} |\n" for row in rows if in_words(row))
-    write_text(run.folder / "report.md", f"# {run.s.preset}\n\n![loss](loss.svg)\n\n```\n{run.plan}"
-               f"\n```\n\n| step | measured |\n| --- | --- |\n{table}\n"
+    write_text(run.folder / "report.md", f"# {run.folder.name}\n\n![loss](loss.svg)\n\n```\n"
+               f"{run.plan}\n```\n\n| step | measured |\n| --- | --- |\n{table}\n"
                + "".join(read_samples(run.folder)))
 
 
@@ -1091,7 +1089,7 @@ def how_to_prepare(data_dir):
     name = Path(data_dir).name
     if name == "fineweb_edu_bpe":
         name = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
-    elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu", "hellaswag"):
+    elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu"):
         name = f"FILE.txt --out_dir={data_dir}"
     return f"make them with: python prepare_data.py {name}"
 
@@ -1219,8 +1217,8 @@ def load_checkpoint(path, hint="", edited=False):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
-        raise UserError(f"{path} is not a valid checkpoint ({reason}) {hint}".strip()) from None
+        hint = f"{path} is not a valid checkpoint ({error!r:.150}) {hint}"
+        raise UserError(hint.strip()) from None
 
 
 def load_model(path, device="cpu", **changes):
@@ -1290,7 +1288,7 @@ class World:
         return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
     def accumulating(self, model, more_to_come):
-        # DDP averages after the last one only
+        # DDP averages after the last micro-batch only
         return model.no_sync() if self.size > 1 and more_to_come else nullcontext()
 
     def reduce(self, tensor, largest=False):
@@ -1473,8 +1471,8 @@ def evaluating(model):
 
 def evaluate(model, loader, s, world, data):
     """The loss on the validation rows, always the same ones, in nats per token, and its part above
-    the floor where that is known: {column of the log: value}. Sums have one order, whatever the
-    number of processes."""
+    the floor where that is known: {column of the log: value}. Any number of processes sums in the
+    same order."""
     count = loader.rows_per_epoch
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
@@ -1526,10 +1524,10 @@ def hellaswag(model, questions, world):
         cache = KVCache(context.size(1) + y.size(1))
         with evaluating(model), world.autocast():
             if context.size(1) > 1:
-                # The context is read once; its endings go on from the cache as one batch
+                # The context is read once, then its endings from the cache, as one batch
                 model(context[:, :-1].to(device), cache=cache)
-                cache.store = {layer: [room.repeat(4, 1, 1, 1) for room in rooms]
-                               for layer, rooms in cache.store.items()}
+                cache.store = {layer: [t.repeat(4, 1, 1, 1) for t in kv]
+                               for layer, kv in cache.store.items()}
             logits, _ = model(x.to(device), y.to(device), cache)  # (4, longest, V)
         nats = token_losses(logits, y).sum(dim=1)  # (4,)
         losses[number] = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
@@ -1620,7 +1618,7 @@ def reports_mistakes(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
@@ -1733,7 +1731,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
             print(f"error: process {world.rank} lost another one; the same command resumes",
-                  file=sys.stderr, flush=True)
+                  file=sys.stderr)
             os._exit(1)  # a regular end may wait for the other one
         if not is_out_of_memory(error):
             raise

@@ -5,8 +5,8 @@
     python tests/benchmark.py --nanogpt=FOLDER      # beside a checkout of nanoGPT
     python tests/benchmark.py --tokenizers=FILE.txt  # our BPE beside those of other libraries
 
-Each row is measured in turns with a peer, where that is at hand. TinyShakespeare has to be in
-data/shakespeare, and for nanoGPT where its own data/shakespeare_char/prepare.py puts it.
+Each row is measured in turns with a peer, if it is installed. Needs TinyShakespeare in
+data/shakespeare, and for nanoGPT where its data/shakespeare_char/prepare.py puts it.
 """
 import contextlib
 import importlib.util
@@ -204,7 +204,7 @@ LIBRARIES = {
 
 
 def compare_tokenizers(path):
-    """A table of those that are installed, trained on the first nine tenths of a text."""
+    """Those that are installed, trained on the first nine tenths of a text."""
     with prepare_data.one_line(f"cannot read {path}"):
         text = Path(path).read_bytes().decode("utf-8")
     cut = int(len(text) * 0.9)

@@ -1,4 +1,4 @@
-"""What several test files share: where the scripts are, small data, small runs."""
+"""What the test files share: small data, small runs, helpers."""
 import contextlib
 import csv
 import hashlib
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models like it, and so do busy machines
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models and busy machines
 
 import prepare_data  # noqa: E402
 import train_gpt2  # noqa: E402
@@ -24,7 +24,7 @@ import torch  # noqa: E402
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--max_steps=6", "--eval_tokens=100", "--sample_every=10", "--log_every=1"]
 RUN = ["--data_dir=data/tales", "--out_dir=out/run", *TINY]
-FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts: many kills, all stories
+FULL = bool(os.environ.get("FULL_TESTS"))  # the large counts
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
 
@@ -43,7 +43,7 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_file():
-    """A function: name of a real text -> its path; skips where the texts are missing."""
+    """Name of a real text -> its path; skips where the texts are missing."""
     def find(name):
         folder = os.environ.get("SHARED_DATA")
         if not folder or not (Path(folder) / name).exists():
@@ -61,8 +61,7 @@ def gpt2_vocabulary():
 
 
 def random_model(spec=None, scale=1, **shape):
-    """A model whose biases and norms are random too. A large scale: few tokens are nearly equally
-    likely."""
+    """Its biases and norms are random too. A large scale makes nearly equal logits rare."""
     torch.manual_seed(2)
     tokenizer = train_gpt2.Tokenizer(spec) if spec else None
     shape = dict(vocab_size=tokenizer.vocab_size if spec else 300, block_size=24, n_layer=1,

@@ -105,8 +105,8 @@ def serve(datasets=None, models=None, breaks=0):
 
 
 def run(address, home, *argv, code=None):
-    """prepare_data.py, or other code, with the hub at this address (none: without a network). It is
-    a process of its own, because the libraries read their environment when they are imported."""
+    """prepare_data.py, or other code, with the hub at this address, if any. A process of its own:
+    the libraries read their environment when they are imported."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     where = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"} if address else {"HF_HUB_OFFLINE": "1"}
     how = ["-c", code] if code else [str(ROOT / "prepare_data.py")]

@@ -100,12 +100,12 @@ class Cut(BaseException):
 
 
 def stop_after_every_shard(argv):
-    """Restart main until it ends, cut off after every shard; return how often."""
+    """Restart main until it ends, cut off after every shard and meta.json; return how often."""
     write_text, write_shard, written = prepare_data.write_text, prepare_data.write_shard, []
 
     def cut(path, text):
         write_text(path, text)
-        if written and path.name == prepare_data.PROGRESS:
+        if written or path.name == "meta.json":
             written.clear()
             raise Cut
     with pytest.MonkeyPatch.context() as patch:
@@ -131,6 +131,8 @@ def test_stopped_after_every_shard(kind, piece, tmp_path, monkeypatch):
     if kind != "txt":
         train, val = documents_in(tmp_path / "whole")
         assert train + val == documents
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".out.bin.1.tmp").touch()  # as a kill leaves it
     assert stop_after_every_shard([*argv, f"--out_dir={tmp_path / 'out'}"]) > 5
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -128,12 +128,12 @@ def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path
 def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
     """A resumed run draws and reports as a whole run does, from log and samples."""
     argv = [*(word for word in small_run if "eval_tokens" not in word), "--sample_every=10"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"
     assert train_gpt2.main([*argv, f"--out_dir={whole}"]) == 0
     output, data = capsys.readouterr().out, open_data(argv[0][11:])
     V, T, C, train = data.tokenizer.vocab_size, 112, 32, data.meta["train"]
     N = V * C + T * C + 2 * (12 * C * C + 13 * C) + 2 * C
-    plan = re.search(r"^model: (.*) parameters; .* near ln .* = (.*)\n.*\nplan: 30 steps of 8 "
+    plan = re.search(r"^model: (.*) parameters; .* of ln .* = (.*)\n.*\nplan: 30 steps of 8 "
                      r"rows, 4 at once; (.*) tokens, .* (.*) tokens per parameter$", output, re.M)
     tokens = 30 * 8 * (train["tokens"] - 1) / train["documents"]
     assert plan.groups() == (f"{N:,}", f"{math.log(V):.2f}", f"{tokens:,.0f}", f"{tokens / N:.1f}")
@@ -144,7 +144,7 @@ def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
         (broken / name).unlink()
     assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
     texts = [(folder / "report.md").read_text(encoding="utf-8") for folder in (whole, broken)]
-    assert texts[0] == texts[1] and plan[0] in texts[0]
+    assert texts[0] == texts[1] and texts[0].startswith("# run\n") and plan[0] in texts[0]
     assert re.findall(r"^\| (\d+) \|", texts[0], re.M) == ["0", "10", "20", "30"]
     assert re.findall(r"^## Step (\d+)", texts[1], re.M) == ["10", "20", "30"]
     assert (whole / "loss.svg").read_bytes() == (broken / "loss.svg").read_bytes()

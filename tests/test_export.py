@@ -132,6 +132,7 @@ def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):
     Path("out/run").mkdir(parents=True)
     torch.save(train_gpt2.make_checkpoint(random_model(BYTES), settings={"rows": "documents"}),
                "out/run/best.pt")
+    Path("out/run/log.csv").touch()
     assert sample.main(["--export=folder"]) == 0
     captured = capsys.readouterr()
     assert str(Path("out/run/best.pt")) in captured.out and captured.out.count("\n") == 1

@@ -140,8 +140,8 @@ def docstrings(size):
 
 
 def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
-    """From BPE to report, on docstrings in place of FineWeb-Edu; with FULL_TESTS on 5 MB for 300
-    steps, at a tenth of its size."""
+    """From BPE to report, on docstrings in place of FineWeb-Edu. FULL_TESTS: 5 MB, 300 steps, a
+    tenth of its size."""
     size, V, T, C, rows, max_steps = 200_000, 400, 32, 16, 8, 60
     if FULL:
         size, V, T, C, rows, max_steps = 5_000_000, 9157, 256, 144, 12, 300

@@ -25,12 +25,13 @@ def script_of(command):
 
 
 def test_every_command_parses_and_runs_as_printed(tmp_path, monkeypatch, gpt2_vocabulary, capsys):
-    """In the README's order, in an empty folder that holds what a reader would have; long ones are
-    cut short. Those that need a network or a launcher are parsed only."""
+    """In the README's order, in a folder with what a reader would have; long ones are cut short.
+    Those that need a network or a launcher are only parsed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     text = "It is never too late to learn how a language model works. " * 400
     (tmp_path / "my_text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "beginning.txt").write_text("Once there was", encoding="utf-8")
     for i in range(3):
         line = f'{{"body": "{text[:2000]}"}}\n'
         (tmp_path / "notes" / f"{i}.jsonl").write_text(line * 4, encoding="utf-8")
@@ -53,11 +54,10 @@ def test_every_command_parses_and_runs_as_printed(tmp_path, monkeypatch, gpt2_vo
 
 
 def test_links_and_glossary():
-    """A link leads to a file, a heading or a page. A word of the glossary occurs in Part 1, as does
-    its line."""
+    """A link leads to a file, heading or page. The glossary's words and lines are in Part 1."""
     for link in re.findall(r'(?:\]\(|src=")(.+?)[)"]', README):
-        heading = "\n## " + link[1:].replace("-", " ") + "\n"
-        assert link.startswith("https://") or (ROOT / link).exists() or heading in README.lower()
+        head = "\n## " + link[1:].replace("-", " ") + "\n"
+        assert link.startswith("https://") or (ROOT / link).exists() or head in README.lower(), link
     code = (ROOT / "train_gpt2.py").read_text(encoding="utf-8").partition("PART 2: ")[0]
     glossary = README.partition("Glossary")[2]
     words = re.findall(r"^\| (.+?) \| .+? \| `(.+)` \|$", glossary, re.M)

@@ -118,8 +118,8 @@ def test_no_character_is_cut(capsys):
 
 @pytest.fixture
 def says(monkeypatch):
-    """A function from texts to a model whose rows say these. | stands for <|endoftext|>;
-    model.asked counts the calls for a next token."""
+    """A function from texts to a model whose rows say these; | stands for <|endoftext|>.
+    model.asked counts the tokens."""
     def model_for(*texts):
         model = random_model(BYTES, block_size=16)
         model.asked = 0
@@ -165,6 +165,7 @@ def trained(tmp_path, monkeypatch):
     model = random_model(BYTES, scale=4, **SHAPES[0])
     BEST.parent.mkdir(parents=True)
     torch.save(train_gpt2.make_checkpoint(model, settings={"rows": "documents"}), BEST)
+    BEST.with_name("log.csv").touch()
 
 
 @pytest.fixture
@@ -192,6 +193,8 @@ def test_the_newest_model_is_named(trained, capsys, monkeypatch):
         path = Path("out") / name / "best.pt"
         path.parent.mkdir()
         path.write_bytes(b"")
+        if age < 0:
+            path.with_name("log.csv").touch()
         os.utime(path, (time.time() + age,) * 2)
     for argv, named in (([], True), ([f"--checkpoint={BEST}"], False)):
         sample.main(["Once", "--max_new_tokens=3", *argv])

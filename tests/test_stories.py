@@ -75,8 +75,8 @@ def test_floor_and_skills_are_those_of_the_validation_stories(stories):
 
 
 def test_different_choices_never_tell_the_same_story():
-    """The probabilities of a cut-down grammar, all of whose stories are told, add up to 1; and of
-    many stories of the whole grammar, only those with equal choices are equal."""
+    """The probabilities of all stories of a cut-down grammar add up to 1. Of many stories of the
+    whole grammar, only those with equal choices are equal."""
     told, pending = {}, [[]]
     while pending:  # a path is a list of choices, 0 behind its end
         path, sizes = pending.pop(), []

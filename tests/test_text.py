@@ -14,8 +14,7 @@ TEXTS = documents_of(60, seed=4)
 
 
 def test_only_the_text_column_matters(tmp_path):
-    """Of several files, whatever else a line has; a line without it is counted. Text like a date
-    is text."""
+    """Whatever else a line has. A line without it is counted; a date is text too."""
     texts = [*TEXTS[:40], *(f"2024-01-{day}T00:00:00" for day in range(10, 30))]
     files = [b"\xef\xbb\xbf" + lines_of({"text": text, "a": 1e400} for text in texts[:20]),
              lines_of({"a": {"b": 1} if i < 9 else [], "text": text}

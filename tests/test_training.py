@@ -78,7 +78,7 @@ def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
 
 
 def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
-    """Again after the end, changed, overwritten, stopped, or beside somebody's own files."""
+    """After the end, changed, overwritten, stopped, or beside other files."""
     def run(*options, main=train_gpt2.main):
         status = main([*small_run, "--max_steps=9", "--eval_every=3", *options])
         return status, capsys.readouterr().out
