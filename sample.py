@@ -234,8 +234,8 @@ def converse(model, s):
 
 # torch's Linear stores these weights as (out, in), the Conv1D of transformers as (in, out)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-ANOTHER = ("the model computes another function than transformers' GPT-2, so it can only be used "
-           "here, with sample.py or GPT.from_checkpoint: ")
+ANOTHER = ("only sample.py and GPT.from_checkpoint can use this model: it computes another "
+           "function than transformers' GPT-2: ")
 
 
 def export(model, folder):

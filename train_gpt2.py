@@ -269,8 +269,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
-        # c_proj, which add to the residual stream, start smaller by the root of their number, so
-        # that the stream does not grow with depth (GPT-2 paper, section 2.3).
+        # c_proj, which add to the residual stream, are divided by the root of their number: the
+        # stream ends no larger in a deeper model (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -302,7 +302,7 @@ class GPT(nn.Module):
         logits = unembed(x, self.transformer.wte.weight)  # (B, T, V)
         if targets is None:
             return logits, None
-        # In float32: a mean over many tokens needs more than bfloat16's 3 digits
+        # In float32: a mean over many tokens needs more than bfloat16's 2 to 3 digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
@@ -346,7 +346,7 @@ class KVCache:
         self.store = {}  # layer -> (k, v), each (B, n_head, max_length, head_dim)
 
     def extend(self, layer, k, v):
-        """Add those of T new tokens, (B, n_head, T, head_dim); return those of all S so far."""
+        """Add k and v of T new tokens, (B, n_head, T, head_dim); return those of all S tokens."""
         if layer not in self.store:
             shape = (*k.shape[:2], self.max_length, k.size(3))
             self.store[layer] = k.new_empty(shape), v.new_empty(shape)
@@ -380,7 +380,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours likely
     tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest (Fan et al. 2018), top_p
-    the fewest likeliest whose probabilities sum to at least p (Holtzman et al. 2020)."""
+    the fewest of the likeliest that together have a probability of p (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -420,10 +420,10 @@ class ShardedLoader:
 
     def batch(self, rows):
         """Row numbers -> inputs x and targets y, the tokens after them, both (B, T) int64. T is
-        the longest of these rows; past the end of shorter ones y is -1, which is ignored."""
+        the longest row's length, rounded up to a multiple of 16; past a row's end y is -1."""
         places = [self.rows.locate(row) for row in rows]  # (shard, start, length)
         longest = max(length for _, _, length in places)
-        T = min(self.block_size, -(-longest // 16) * 16)  # a multiple of 16: few shapes
+        T = min(self.block_size, -(-longest // 16) * 16)  # few different shapes
         x = np.zeros((len(rows), T), np.int64)
         y = np.full((len(rows), T), -1, np.int64)
         for i, (shard, start, length) in enumerate(places):
@@ -441,7 +441,7 @@ class ShardedLoader:
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
     the root of their mean square: a step is at most about the learning rate. W is weight decay:
-    a step scales matrices by 1 - learning_rate * weight_decay, not biases and norms."""
+    a step also multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
@@ -452,7 +452,7 @@ def make_optimizer(model, s, device):
 
 def get_lr(step, s):
     """Learning rate of a step. Warm-up: Adam's first means come from few gradients, and full
-    steps along them would wreck the weights. Then a cosine decay (GPT paper, section 4.1)."""
+    steps along them can do harm. Then a cosine decay (GPT paper, section 4.1)."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
     progress = (step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps)
@@ -478,7 +478,7 @@ def train(s, world):
     # divides the gradients before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # They share their weights: raw_model is evaluated and saved, model is trained
+    # Both share their weights: model is trained, raw_model evaluated and saved
     model = compiled_and_parallel(raw_model.train(), s, world)
     announce(run, plan, loader)
 
