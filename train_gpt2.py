@@ -250,8 +250,8 @@ class GPT(nn.Module):
 
     `model(idx, targets)` takes (B, T) int64 ids and returns (logits, loss). The logits, (B, T,
     V), are scores whose softmax gives the probability of each next token. The loss is the mean
-    cross-entropy, -ln p(target), in nats per token, without targets of -1, which is padding; it
-    is None without targets. With a KVCache, idx is the new tokens only; without targets the
+    cross-entropy, -ln p(target), in nats per token; targets of -1 are padding and do not count.
+    Without targets it is None. With a KVCache, idx is the new tokens only; without targets the
     logits are then those of the last token, (B, 1, V). Raises UserError for an impossible config,
     ValueError for too many tokens."""
 
