@@ -5,9 +5,8 @@
     python train_gpt2.py --preset=gpt2                # after `python prepare_data.py fineweb_edu`
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2  # on eight GPUs
 
-Part 1 is the lesson; Part 2, the machinery, can be skipped on a first reading. Papers that the
-comments cite: GPT (Radford et al. 2018), GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020),
-Attention (Vaswani et al. 2017).
+Part 1 is the lesson, Part 2 the machinery. The comments cite GPT (Radford et al. 2018), GPT-2
+(Radford et al. 2019), GPT-3 (Brown et al. 2020) and Attention (Vaswani et al. 2017).
 """
 import argparse
 import ast
@@ -57,7 +56,7 @@ class Settings:
     # the run (edit values here, or give options: --max_steps=200)
     preset: str = "stories"  # a row of PRESETS, which changes some settings
     data_dir: str = "data/stories"  # shards and meta.json, as prepare_data.py writes them
-    out_dir: str = ""  # of the run; empty: out/<preset>
+    out_dir: str = ""  # the run's folder; empty: out/<preset>
     init_from: str = ""  # weights to start from: a checkpoint, or gpt2
     overwrite: bool = False  # start over in out_dir, whatever it holds
     seed: int = 1  # of initial weights, data order and dropout
@@ -68,7 +67,7 @@ class Settings:
     attention: Literal["flash", "manual"] = "flash"  # fused kernel, or the five lines it stands for
     deterministic: bool = False  # the same bits on every run on a GPU too; slower
     # the batch
-    rows: Literal["stream", "documents"] = "documents"  # a document a row, or the text cut
+    rows: Literal["stream", "documents"] = "documents"  # a document per row, or equal cuts
     batch_size: int = 16  # rows in a micro-batch, which one process handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
     total_batch_size: int | None = None  # tokens per step; None: batch_size * block_size
@@ -95,7 +94,7 @@ class Settings:
     eval_only: bool = False  # measure init_from, or out_dir's best.pt; no training
     eval_every: int = 100  # validation loss, picture and report
     eval_tokens: int | None = None  # validation tokens per evaluation; None: all of them
-    sample_every: int = 200  # a text; HellaSwag, if its questions are prepared
+    sample_every: int = 200  # a text; HellaSwag, a multiple-choice test, if prepared
     checkpoint_every: int = 300  # a kill loses at most these steps
     log_every: int = 20  # a line on the screen and a row in log.csv
 
@@ -116,7 +115,7 @@ PRESETS = {
     "shakespeare_char": _CHARS | _OFTEN | dict(  # 24 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=1500,
         warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),
-    "shakespeare_cpu": _CHARS | dict(  # the fastest to 1.88 of some 70 tried on a CPU
+    "shakespeare_cpu": _CHARS | dict(  # of some 70 tried, the fastest to loss 1.88
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, max_steps=620,
         learning_rate=6e-3, beta1=0.75, beta2=0.98, eval_every=310, sample_every=310,
         checkpoint_every=310),
@@ -144,7 +143,8 @@ PRESETS = {
 
 
 # ---- The model ----
-# Shapes in the comments: B rows in a batch, T tokens in a row, C = n_embd, V = vocab_size.
+# Shapes in the comments: B rows in a batch, T tokens in a row, C = n_embd, head_dim = C / n_head,
+# V = vocab_size.
 
 
 @dataclass
@@ -172,13 +172,13 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
         return causal_attention(q.float(), k.float(), v.float(), dropout, flash).to(q.dtype)
     # -inf where a query (row) must not look at a key (column), else 0; added to the scores
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    # The lines below in one kernel (a program of the device) that never stores the scores; not on
-    # a CPU in bfloat16, where it was 1.6 to 6 times as slow, or with dropout, which it lacks there
+    # One kernel (a program of the device) does the lines below without storing the scores. On a
+    # CPU it is avoided in bfloat16 (1.6 to 6 times as slow) and with dropout (not supported)
     if flash and not (q.is_cpu and (q.dtype == torch.bfloat16 or dropout)):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
-    # A score is a sum of head_dim products. Undivided, the largest would take nearly all the weight
+    # Undivided, scores grow with head_dim, and the largest gets nearly all the weight
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
     weights = dropped(weights.to(v.dtype), dropout)
@@ -268,9 +268,9 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
-        # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). The 2 * n_layer
-        # c_proj, which add to the residual stream, are divided by the root of their number: the
-        # stream ends no larger in a deeper model (GPT-2 paper, section 2.3).
+        # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). Each block's two
+        # c_proj add to the residual stream. They are divided by the root of their number, 2 *
+        # n_layer: a deeper model's stream is no larger (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -441,7 +441,7 @@ class ShardedLoader:
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
     the root of their mean square: a step is at most about the learning rate. W is weight decay:
-    a step also multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
+    each step multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
@@ -478,7 +478,7 @@ def train(s, world):
     # divides the gradients before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # Both share their weights: model is trained, raw_model evaluated and saved
+    # The same weights, compiled or spread over processes; raw_model is evaluated and saved
     model = compiled_and_parallel(raw_model.train(), s, world)
     announce(run, plan, loader)
 
@@ -512,7 +512,7 @@ def train(s, world):
                         _, loss = model(x, y)
                     # Weight it by its share of the step's tokens
                     loss = loss * ((y != -1).sum() / targets_in_step)
-                    # DDP averages over processes; this undoes it
+                    # Several processes (DDP) average their gradients; this makes it a sum
                     scaler.scale(loss * world.size).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
@@ -1604,7 +1604,7 @@ class UserError(Exception):
 
 
 def reports_mistakes(main):
-    """Decorate a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    """Decorate main(): a UserError becomes one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
