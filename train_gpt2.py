@@ -65,9 +65,9 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile_model: Literal["auto", True, False] = "auto"  # auto: on CUDA, unless deterministic
     attention: Literal["flash", "manual"] = "flash"  # fused kernel, or the five lines it stands for
-    deterministic: bool = False  # the same bits on every run on a GPU too; slower
+    deterministic: bool = False  # equal runs have equal bits on a GPU too; slower
     # the batch
-    rows: Literal["stream", "documents"] = "documents"  # a document per row, or equal cuts
+    rows: Literal["stream", "documents"] = "documents"  # equal cuts, or a document per row
     batch_size: int = 16  # rows in a micro-batch, which one process handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
     total_batch_size: int | None = None  # tokens per step; None: batch_size * block_size
@@ -178,7 +178,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
         if T == S:  # the kernel brings this mask itself
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
-    # Undivided, scores grow with head_dim, and the largest gets nearly all the weight
+    # Undivided, scores grow with head_dim, and the largest can get nearly all weight
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
     weights = dropped(weights.to(v.dtype), dropout)
@@ -218,7 +218,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # ReLU is max(0, x); GELU is smoother, in GPT-2 by tanh (Hendrycks & Gimpel 2016, section 2)
+        # ReLU: max(0, x). GELU is smoother, computed with tanh (Hendrycks & Gimpel 2016, section 2)
         self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
         self.dropout = Dropout(config.dropout)
 
@@ -270,7 +270,7 @@ class GPT(nn.Module):
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). Each block's two
         # c_proj add to the residual stream. They are divided by the root of their number, 2 *
-        # n_layer: a deeper model's stream is no larger (GPT-2 paper, section 2.3).
+        # n_layer: a deeper model's stream starts no larger (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -310,7 +310,7 @@ class GPT(nn.Module):
                  seed=None):
         """Continue a text, or a (B, T) tensor of ids, by the options of sample_token. Text comes
         back with its prompt and ends before <|endoftext|>; a tensor as (B, T + max_new_tokens).
-        Raises UserError for a prompt that the vocabulary cannot write."""
+        Raises UserError for a prompt that the vocabulary cannot encode."""
         options = (max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, torch.Tensor):
             new = [token[:, None] for token, _ in stream_tokens(self, prompt, *options)]
