@@ -65,12 +65,12 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile_model: Literal["auto", True, False] = "auto"  # auto: on CUDA, unless deterministic
     attention: Literal["flash", "manual"] = "flash"  # fused kernel, or the five lines it stands for
-    deterministic: bool = False  # equal runs have equal bits on a GPU too; slower
+    deterministic: bool = False  # the same run has the same bits on a GPU too; slower
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # equal cuts, or a document per row
     batch_size: int = 16  # rows in a micro-batch, which one process handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
-    total_batch_size: int | None = None  # tokens per step; None: batch_size * block_size
+    total_batch_size: int | None = None  # tokens a step, with padding; None: batch_size * block_size
     grad_accum_steps: int | None = None  # sets total_batch_size to batch_size * block_size * this
     # the optimization
     max_steps: int = 600  # optimizer steps
@@ -115,7 +115,7 @@ PRESETS = {
     "shakespeare_char": _CHARS | _OFTEN | dict(  # 24 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=1500,
         warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),
-    "shakespeare_cpu": _CHARS | dict(  # of some 70 tried, the fastest to loss 1.88
+    "shakespeare_cpu": _CHARS | dict(  # of some 70 settings, the fastest to loss 1.88
         n_layer=4, n_head=4, n_embd=128, block_size=64, init_std=0.07, max_steps=620,
         learning_rate=6e-3, beta1=0.75, beta2=0.98, eval_every=310, sample_every=310,
         checkpoint_every=310),
@@ -172,7 +172,7 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
         return causal_attention(q.float(), k.float(), v.float(), dropout, flash).to(q.dtype)
     # -inf where a query (row) must not look at a key (column), else 0; added to the scores
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    # One kernel (a program of the device) does the lines below without storing the scores. On a
+    # One kernel (a program on the device) does the lines below without storing the scores. On a
     # CPU it is avoided in bfloat16 (1.6 to 6 times as slow) and with dropout (not supported)
     if flash and not (q.is_cpu and (q.dtype == torch.bfloat16 or dropout)):
         if T == S:  # the kernel brings this mask itself
@@ -269,7 +269,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). Each block's two
-        # c_proj add to the residual stream. They are divided by the root of their number, 2 *
+        # c_proj add to the residual stream. They start divided by the root of their number, 2 *
         # n_layer: a deeper model's stream starts no larger (GPT-2 paper, section 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
@@ -337,7 +337,7 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """The keys and values of all tokens so far. No token sees a later one, so they never change:
+    """The keys and values of all tokens so far. No token sees a later one, so these never change:
     with them, a new token costs one forward pass of length 1."""
 
     def __init__(self, max_length):
@@ -380,7 +380,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours likely
     tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest (Fan et al. 2018), top_p
-    the fewest of the likeliest that together have a probability of p (Holtzman et al. 2020)."""
+    the fewest of the likeliest whose probabilities sum to p or more (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -401,7 +401,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 class ShardedLoader:
     """Rows of tokens from a folder of shards, which stay on disk as memory maps. Row number g is
-    a pure function of (seed, g, the shards, block_size), so a run can resume anywhere, on any
+    a pure function of (seed, g, rows, the shards, block_size): a run can resume anywhere, on any
     number of processes. An epoch, one pass over all rows, has an order of its own (RowIndex, Part
     2). rows="stream" cuts the tokens every block_size, "documents" gives each document a row.
     seed=None keeps the order of the text. Raises UserError for a folder without enough tokens."""
@@ -474,8 +474,8 @@ def train(s, world):
     torch.manual_seed(s.seed)
     raw_model = build_model(s, data, world)
     optimizer = make_optimizer(raw_model, s, world.device)
-    # Gradients below 6e-8 are 0 in float16: the scaler multiplies the loss by a large number, and
-    # divides the gradients before the step (Micikevicius et al. 2018)
+    # Gradients below 3e-8 are 0 in float16: the scaler multiplies the loss by a large number, and
+    # divides the gradients by it before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
     # The same weights, compiled or spread over processes; raw_model is evaluated and saved
@@ -746,7 +746,7 @@ def start_over(folder):
 
 
 def lock_folder(folder):
-    """A lock, which this process's end releases; None if the folder is taken."""
+    """A lock until this process ends; None if the folder is taken."""
     try:
         return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
     except filelock.Timeout:
@@ -803,13 +803,13 @@ class StopRequest:
                 signal.signal(number, previous)
 
     def handle(self, number, frame=None):
-        # A second signal leaves at once, but not within 0.5 s: torchrun sends the first one twice
+        # A second signal leaves at once, but not within 0.5 s: torchrun sends the first twice
         if self.signal and time.perf_counter() - self.received > 0.5:
             os._exit(128 + number)
         self.received, self.signal = time.perf_counter(), number
 
     def requested(self, step):
-        """Is it time to stop? Several processes agree on it in the steps that they log."""
+        """Is it time to stop? Several processes agree on it in logged steps."""
         minutes = (time.perf_counter() - self.began) / 60
         if minutes >= (self.s.max_minutes or math.inf):
             self.signal = self.signal or TIME_IS_UP
@@ -1429,7 +1429,7 @@ def dropped(x, p):
     """Zero a share p of x; scale up the rest, so that sums keep their size."""
     if not (p and x.is_cpu):
         return F.dropout(x, p)
-    # F.dropout draws slowly; here 64 random bits serve for four numbers
+    # F.dropout is slow; here 64 random bits serve for four numbers
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= int(2**16 * p) - 2**15
     return x * (keep / (1 - p)).to(x.dtype)
@@ -1444,7 +1444,7 @@ def unembed(x, weight):
     """(B, T, C) states, (V, C) embedding -> (B, T, V) logits."""
     if not (x.is_cuda and len(weight) % 64):
         return F.linear(x, weight)
-    # Tensor cores want multiples of 64 (50,257 -> 50,304): add rows of zeros, cut them off again
+    # Tensor cores want multiples of 64 (50,257 -> 50,304): add rows of zeros, then cut them
     return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., :len(weight)]
 
 
