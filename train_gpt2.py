@@ -70,7 +70,7 @@ class Settings:
     rows: Literal["stream", "documents"] = "documents"  # equal cuts, or a document per row
     batch_size: int = 16  # rows in a micro-batch, which one process handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
-    total_batch_size: int | None = None  # tokens a step, with padding; None: batch_size * block_size
+    total_batch_size: int | None = None  # tokens a step, padded; None: batch_size * block_size
     grad_accum_steps: int | None = None  # sets total_batch_size to batch_size * block_size * this
     # the optimization
     max_steps: int = 600  # optimizer steps
@@ -269,8 +269,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         ))
         # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). Each block's two
-        # c_proj add to the residual stream. They start divided by the root of their number, 2 *
-        # n_layer: a deeper model's stream starts no larger (GPT-2 paper, section 2.3).
+        # c_proj add to the residual stream. They start divided by the root of 2 * n_layer, the
+        # number of additions: a deeper model's stream starts no larger (GPT-2 paper, 2.3).
         residual_std = init_std / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -440,7 +440,7 @@ class ShardedLoader:
 
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
-    the root of their mean square: a step is at most about the learning rate. W is weight decay:
+    the root of their mean square: a step is at most about the learning rate. The W is weight decay:
     each step multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
@@ -512,7 +512,7 @@ def train(s, world):
                         _, loss = model(x, y)
                     # Weight it by its share of the step's tokens
                     loss = loss * ((y != -1).sum() / targets_in_step)
-                    # Several processes (DDP) average their gradients; this makes it a sum
+                    # Several processes average their gradients; times world.size that is a sum
                     scaler.scale(loss * world.size).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
