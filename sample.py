@@ -420,8 +420,8 @@ def run(s, path, device, prompt):
     """Load the model and do what the settings ask for."""
     model = load_model(path)
     if model.is_edited:
-        note(f"{path} was written by other model code. If the text is poor, undo the edit of "
-             "train_gpt2.py, or train again")
+        note(f"{path} was written by other model code. If the text is poor, go back to that code, "
+             "or train again")
     if s.export:
         export(model, s.export)
         print(f"{s.export} is ready, made from {path}: "
