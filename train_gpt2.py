@@ -77,7 +77,7 @@ class Settings:
     max_minutes: float | None = None  # save and stop after this time; the same command resumes
     warmup_steps: int = 50  # steps in which the learning rate rises to its peak
     learning_rate: float = 8e-3  # the peak; small models take high rates
-    min_lr: float = 0.0  # learning rate at the end of the cosine
+    min_lr: float = 0.0  # learning rate at the end of the schedule
     weight_decay: float = 0.1  # GPT-3 paper, appendix B
     beta1: float = 0.9  # decay of AdamW's first moment, the mean gradient
     beta2: float = 0.95  # of the second, the mean square (GPT-3 paper, appendix B)
