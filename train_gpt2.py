@@ -478,7 +478,7 @@ def train(s, world):
     # divides the gradients by it before the step (Micikevicius et al. 2018)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # The same weights, compiled or spread over processes; raw_model is evaluated and saved
+    # The same weights, compiled or copied to each process; raw_model is evaluated and saved
     model = compiled_and_parallel(raw_model.train(), s, world)
     announce(run, plan, loader)
 
