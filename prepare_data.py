@@ -181,7 +181,7 @@ def one_line(what, advice=""):
         reason, cause = getattr(error, "strerror", 0) or " ".join(str(error).split())[:200], error
         while cause:
             if NETWORK & {base.__name__ for base in type(cause).__mro__}:
-                advice = ": the network failed; the same command continues later"
+                advice = ": the network failed; run the same command later"
             cause = cause.__cause__ or cause.__context__
         raise UserError(f"{what} ({type(error).__name__}: {reason}){advice}") from None
 
@@ -516,7 +516,7 @@ def overlapping(shards, overlap=1):
 
 
 def finish(folder, meta, settings):
-    # Before meta.json: a complete folder is never cleaned again
+    # Before meta.json: no later run cleans a complete folder
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
@@ -856,7 +856,7 @@ def count_words(texts):
     """{word: how often it occurs}; words are what GPT-2's pattern finds."""
     words, pattern = collections.Counter(), regex.compile(SPLIT_PATTERN)
     for text in texts:
-        for piece in safe_pieces(text, PIECE):
+        for piece in safe_pieces(text, PIECE):  # saves memory
             words.update(pattern.findall(piece))
     return words
 
