@@ -10,7 +10,6 @@ Part 1 is the lesson, Part 2 the machinery. The comments cite GPT (Radford et al
 """
 import argparse
 import ast
-import copy
 import csv
 import ctypes
 import difflib
@@ -22,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,7 +144,7 @@ PRESETS = {
 
 # ---- The model ----
 # Shapes in the comments: B rows in a batch, T tokens in a row, C = n_embd, head_dim = C / n_head,
-# V = vocab_size.
+# V = vocab_size. A row is a sequence of tokens that the model reads at once.
 
 
 @dataclass
@@ -162,26 +162,29 @@ class GPTConfig:
     attention: str = "flash"
 
 
+def kernel_is_slow(q):
+    """On a CPU the kernel for bfloat16 takes 2 to 6 times as long as the plain lines."""
+    return q.is_cpu and q.dtype == torch.bfloat16
+
+
 def causal_attention(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1). Each token takes a
     weighted mean of the values of the tokens up to itself; the causal mask hides the later ones,
     which the model learns to predict. q and the result are (B, n_head, T, head_dim); k and v are
     (B, n_head, S, head_dim), where S is T plus the tokens in the cache."""
     T, S = q.size(-2), k.size(-2)
-    if T == 1 and q.is_cpu and q.dtype == torch.bfloat16:  # faster in float32
-        return causal_attention(q.float(), k.float(), v.float(), dropout, flash).to(q.dtype)
-    # -inf where a query (row) must not look at a key (column), else 0; added to the scores
-    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    # One kernel (a program on the device) does the lines below without storing the scores. On a
-    # CPU it is avoided in bfloat16 (1.6 to 6 times as slow) and with dropout (not supported)
-    if flash and not (q.is_cpu and (q.dtype == torch.bfloat16 or dropout)):
-        if T == S:  # the kernel brings this mask itself
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, mask if T > 1 else None, dropout)
+    # The fused kernel, one program on the device, does the lines below without storing the scores
+    # (Dao et al. 2022). It brings the causal mask for T = S; a single query needs none
+    if flash and (T == 1 or (T == S and not kernel_is_slow(q))):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     # Undivided, scores grow with head_dim, and the largest can get nearly all weight
-    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + mask  # (B, n_head, T, S)
-    weights = F.softmax(scores, dim=-1)  # each row sums to 1; e^-inf is a weight of 0
-    weights = dropped(weights.to(v.dtype), dropout)
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S)
+    # A query (line) must not look at a later key (column). With T = 2 new tokens behind 2 in the
+    # cache, S = 4, the mask is   0  0  0 -inf   Diagonal number S - T + 1 and all above it are
+    #                             0  0  0   0    hidden: e^-inf is a weight of 0
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    weights = F.softmax(scores + mask, dim=-1)  # (B, n_head, T, S), each line sums to 1
+    weights = F.dropout(weights.to(v.dtype), dropout)
     return weights @ v  # (B, n_head, T, head_dim)
 
 
@@ -191,18 +194,22 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.n_embd % config.n_head == 0, "the heads share the C numbers evenly"
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.flash = config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # Split C into heads: (B, T, C) -> (B, n_head, T, head_dim)
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        head_dim = C // self.n_head
+        q = q.view(B, T, -1, head_dim).transpose(1, 2)
+        k = k.view(B, T, -1, head_dim).transpose(1, 2)
+        v = v.view(B, T, -1, head_dim).transpose(1, 2)
         if cache is not None:  # prepend the keys and values of earlier tokens
             k, v = cache.extend(self, k, v)  # (B, n_head, S, head_dim)
         dropout = self.dropout if self.training else 0.0
@@ -220,7 +227,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         # ReLU: max(0, x). GELU is smoother, computed with tanh (Hendrycks & Gimpel 2016, section 2)
         self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         x = self.act(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
@@ -245,6 +252,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def sinusoids(block_size, n_embd):
+    """A fixed table of positions, (block_size, C): sines and cosines of many wavelengths
+    (Attention paper, section 3.5)."""
+    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
+    i = torch.arange(0, n_embd, 2, dtype=torch.float32)  # (C/2,)
+    angle = position * 10_000 ** (-i / n_embd)  # (T, C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # (T, C)
+
+
 class GPT(nn.Module):
     """GPT-2: token ids in, a prediction of the next token out.
 
@@ -252,41 +268,46 @@ class GPT(nn.Module):
     V), are scores whose softmax gives the probability of each next token. The loss is the mean
     cross-entropy, -ln p(target), in nats per token; targets of -1 are padding and do not count.
     Without targets it is None. With a KVCache, idx is the new tokens only; without targets the
-    logits are then those of the last token, (B, 1, V). Raises UserError for an impossible config,
-    ValueError for too many tokens."""
+    logits are then those of the last token, (B, 1, V). Raises ValueError for too many tokens."""
 
     def __init__(self, config, init_std=0.02):
         super().__init__()
-        check_shape(config)
         self.config = config
         self.tokenizer = None  # a loaded model has one, so that it can write
         self.starts_documents = False  # did each training row begin a document?
-        self.transformer = nn.ModuleDict(dict(  # OpenAI's names, to fit their weights
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
-            drop=Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
-        ))
-        # Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). Each block's two
-        # c_proj add to the residual stream. They start divided by the root of 2 * n_layer, the
-        # number of additions: a deeper model's stream starts no larger (GPT-2 paper, 2.3).
-        residual_std = init_std / math.sqrt(2 * config.n_layer)
+        self.transformer = nn.ModuleDict({  # OpenAI's names, to fit their weights
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
+            "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
+        })
+        self.initialize(init_std)
+
+    def initialize(self, init_std):
+        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1)."""
+        # Each block's two c_proj add to the residual stream. They start divided by the root of
+        # 2 * n_layer, the number of additions: a deeper model's stream starts no larger (GPT-2
+        # paper, section 2.3)
+        residual_std = init_std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=residual_std)
             elif p.dim() == 2:
-                is_residual = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=residual_std if is_residual else init_std)
-        if config.pos_encoding == "sinusoidal":
-            table = sinusoids(config.block_size, config.n_embd, init_std)
+                nn.init.normal_(p, std=init_std)
+        if self.config.pos_encoding == "sinusoidal":
+            # A sine's root mean square is 1 / sqrt(2). Scaled to that of the embeddings, for at
+            # their own size sines would drown embeddings of 0.02
+            table = init_std * math.sqrt(2) * sinusoids(self.config.block_size, self.config.n_embd)
             self.transformer.wpe.weight = nn.Parameter(table, requires_grad=False)
 
     def forward(self, idx, targets=None, cache=None):
-        start = cache.length if cache is not None else 0
-        T, block_size = idx.size(1), self.config.block_size
-        if start + T > block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size {block_size}")
+        T = idx.size(1)
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -299,26 +320,30 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         # Weight tying (Press & Wolf 2017): the token embedding is the output matrix too, which
         # saves 39M parameters in GPT-2
-        logits = unembed(x, self.transformer.wte.weight)  # (B, T, V)
+        weight = self.transformer.wte.weight  # (V, C)
+        if x.is_cuda:  # tensor cores want multiples of 64: zeros are added, their logits cut off
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))  # 50,257 -> 50,304
+        logits = F.linear(x, weight)[..., :self.config.vocab_size]  # (B, T, V)
         if targets is None:
             return logits, None
         # In float32: a mean over many tokens needs more than bfloat16's 2 to 3 digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def generate(self, prompt, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None,
-                 seed=None):
-        """Continue a text, or a (B, T) tensor of ids, by the options of sample_token. Text comes
+    def generate(self, prompt, max_new_tokens=100, **options):
+        """Continue a text, or a (B, T) tensor of ids, by the options of stream_tokens. Text comes
         back with its prompt and ends before <|endoftext|>; a tensor as (B, T + max_new_tokens).
         Raises UserError for a prompt that the vocabulary cannot encode."""
-        options = (max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, torch.Tensor):
-            new = [token[:, None] for token, _ in stream_tokens(self, prompt, *options)]
-            return torch.cat((prompt, *new), dim=1)
-        idx = torch.tensor([encode_prompt(self, prompt)], device=self.device)
-        new = (token.item() for token, _ in stream_tokens(self, idx, *options))
-        new = itertools.takewhile(lambda token: token != self.tokenizer.eot, new)
-        return prompt + self.tokenizer.decode(list(new))
+            stream = stream_tokens(self, prompt, max_new_tokens, **options)
+            return torch.cat((prompt, *(tokens[:, None] for tokens, _ in stream)), dim=1)
+        idx = torch.tensor([encode_prompt(self, prompt)], device=self.device)  # (1, T)
+        new = []
+        for tokens, _ in stream_tokens(self, idx, max_new_tokens, **options):
+            if tokens.item() == self.tokenizer.eot:
+                break
+            new.append(tokens.item())
+        return prompt + self.tokenizer.decode(new)
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
@@ -341,19 +366,31 @@ class KVCache:
     with them, a new token costs one forward pass of length 1."""
 
     def __init__(self, max_length):
-        self.max_length = max_length  # room in tokens
+        self.max_length = max_length  # tokens that fit in
         self.length = 0  # tokens in it
-        self.store = {}  # layer -> (k, v), each (B, n_head, max_length, head_dim)
+        self.layers = {}  # layer -> (keys, values), each (B, n_head, max_length, head_dim)
 
     def extend(self, layer, k, v):
         """Add k and v of T new tokens, (B, n_head, T, head_dim); return those of all S tokens."""
-        if layer not in self.store:
-            shape = (*k.shape[:2], self.max_length, k.size(3))
-            self.store[layer] = k.new_empty(shape), v.new_empty(shape)
+        if layer not in self.layers:
+            B, n_head, _, head_dim = k.shape
+            shape = (B, n_head, self.max_length, head_dim)
+            self.layers[layer] = k.new_empty(shape), v.new_empty(shape)
+        keys, values = self.layers[layer]
         end = self.length + k.size(2)
-        for room, new in zip(self.store[layer], (k, v), strict=True):
-            room[:, :, self.length:end] = new
-        return [room[:, :, :end] for room in self.store[layer]]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+@contextmanager
+def evaluating(model):
+    """No dropout and no gradients inside the with block."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
 
 
 def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -363,16 +400,21 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     read again from position 0."""
     block_size = model.config.block_size
     generator = torch.Generator(idx.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    idx = unread = idx[:, -block_size:]
+    if seed is None:
+        generator.seed()  # another one each time
+    else:
+        generator.manual_seed(seed)
     cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    idx = idx[:, -block_size:]
+    unread = idx  # the tokens that are not in the cache
     for _ in range(max_new_tokens):
         if cache.length + unread.size(1) > block_size:
-            unread, cache.length = idx[:, -max(1, block_size // 2):], 0
-        with evaluating(model):  # no dropout, no gradients
+            unread = idx[:, -max(1, block_size // 2):]
+            cache.length = 0  # what is in the cache will be overwritten
+        with evaluating(model):
             logits, _ = model(unread, cache=cache)  # (B, 1, V)
         logits = logits[:, -1].float()  # (B, V)
-        unread = sample_token(logits, temperature, top_k, top_p, generator)
+        unread = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
         idx = torch.cat((idx, unread), dim=1)[:, -block_size:]
         yield unread[:, 0], logits
 
@@ -383,17 +425,21 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     the fewest of the likeliest whose probabilities sum to p or more (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
-    k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.topk(k) if top_k or top_p else (logits, None)  # sorted, (B, k)
+    if top_k is not None:
+        likeliest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values  # (B, k), sorted
+        logits = logits.masked_fill(logits < likeliest[:, -1:], -math.inf)
     probs = F.softmax(logits / temperature, dim=-1)
-    if top_p:
-        before = probs.cumsum(dim=-1) - probs  # sum over the likelier tokens
-        probs = probs.masked_fill(before >= top_p, 0)
-    # The first token whose cumulative probability reaches a random number
-    cumulative = probs.cumsum(dim=-1)  # (B, k)
-    u = 1 - torch.rand(len(probs), 1, generator=generator, device=probs.device)
-    choice = torch.searchsorted(cumulative, u * cumulative[:, -1:])  # (B, 1)
-    return choice if ids is None else ids.gather(-1, choice)
+    if top_p is not None:
+        in_order, ids = probs.sort(dim=-1, descending=True)  # (B, V)
+        of_likelier = in_order.cumsum(dim=-1) - in_order  # sum over the likelier tokens
+        in_order = in_order.masked_fill(of_likelier >= top_p, 0)
+        probs = torch.zeros_like(probs).scatter(-1, ids, in_order)  # back in the order of ids
+    # On a line, each token has a piece as long as its probability. A random point chooses one.
+    # rand is in [0, 1), and 1 - rand above 0: no piece of length 0 is chosen
+    ends = probs.cumsum(dim=-1)  # (B, V): where the pieces end
+    rand = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    point = (1 - rand) * ends[:, -1:]  # (B, 1)
+    return torch.searchsorted(ends, point)  # the first piece that ends there or later
 
 
 # ---- Batches from shards ----
@@ -402,28 +448,31 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 class ShardedLoader:
     """Rows of tokens from a folder of shards, which stay on disk as memory maps. Row number g is
     a pure function of (seed, g, rows, the shards, block_size): a run can resume anywhere, on any
-    number of processes. An epoch, one pass over all rows, has an order of its own (RowIndex, Part
-    2). rows="stream" cuts the tokens every block_size, "documents" gives each document a row.
-    seed=None keeps the order of the text. Raises UserError for a folder without enough tokens."""
+    number of processes. An epoch, one pass over all rows, has an order of its own. rows="stream"
+    cuts the tokens every block_size, "documents" gives each document a row. seed=None keeps the
+    order of the text. Raises UserError for a folder without enough tokens."""
 
     def __init__(self, data_dir, split, block_size, rows="stream", seed=None,
                  vocab_size=50257, eot=50256):
-        self.block_size, self.vocab_size = block_size, vocab_size
+        self.block_size = block_size
+        self.vocab_size = vocab_size
         self.paths = shard_paths(data_dir)[split]
         self.shards = [read_shard(path) for path in self.paths]  # (n,) uint16 each
-        if rows == "documents" and eot is None:
+        if rows == "stream":
+            eot = None  # cut across the <|endoftext|> between documents
+        elif eot is None:
             raise UserError(f"{data_dir} is one text without documents: use --rows=stream")
-        self.rows = RowIndex(self.shards, block_size, seed, eot if rows == "documents" else None)
-        self.rows_per_epoch = self.rows.per_epoch
-        if not self.rows_per_epoch:
+        self.row_index = RowIndex(self.shards, block_size, seed, eot)  # where each row begins
+        self.rows_per_epoch = self.row_index.rows_per_epoch
+        if self.rows_per_epoch == 0:
             raise UserError(f"{data_dir} has too few {split} tokens: lower --block_size")
 
     def batch(self, rows):
         """Row numbers -> inputs x and targets y, the tokens after them, both (B, T) int64. T is
         the longest row's length, rounded up to a multiple of 16; past a row's end y is -1."""
-        places = [self.rows.locate(row) for row in rows]  # (shard, start, length)
+        places = [self.row_index.locate(row) for row in rows]  # (shard, first token, targets)
         longest = max(length for _, _, length in places)
-        T = min(self.block_size, -(-longest // 16) * 16)  # few different shapes
+        T = min(self.block_size, 16 * math.ceil(longest / 16))  # few different shapes
         x = np.zeros((len(rows), T), np.int64)
         y = np.full((len(rows), T), -1, np.int64)
         for i, (shard, start, length) in enumerate(places):
@@ -431,7 +480,8 @@ class ShardedLoader:
             if tokens.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]} holds token {tokens.max()}, beyond the "
                                 f"vocabulary of {self.vocab_size}: prepare the data again")
-            x[i, :length], y[i, :length] = tokens[:-1], tokens[1:]
+            x[i, :length] = tokens[:-1]
+            y[i, :length] = tokens[1:]
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -443,8 +493,10 @@ def make_optimizer(model, s, device):
     the root of their mean square: a step is at most about the learning rate. The W is weight decay:
     each step multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learned if p.dim() >= 2], "weight_decay": s.weight_decay},
-              {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
+    matrices = [p for p in learned if p.dim() >= 2]
+    vectors = [p for p in learned if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     # eps avoids a division by 0 (GPT-3 paper, appendix B); fused: one kernel for all weights
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
@@ -463,67 +515,51 @@ def get_lr(step, s):
 # ---- The loop ----
 
 
-def train(s, world):
-    """Train, and return the exit status. s holds the settings, world the device and processes.
-    Row n of the log describes the weights after n steps."""
-    data = open_data(s.data_dir)
-    loader, validation = (
-        open_rows(s, data, split, seed) for split, seed in (("train", s.seed), ("val", None)))
-    plan = plan_batch(s, world)  # rows per step, rows per micro-batch
-    run = Run(s, data, world)  # its folder: a new one, or one to resume in
+def train(s, process):
+    """Train, and return the exit status. s holds the settings, process the device and how many
+    other processes train along. Line n of the log describes the weights after n steps."""
+    run = Run(s, process)  # its data, and its folder: a new one, or one to resume in
     torch.manual_seed(s.seed)
-    raw_model = build_model(s, data, world)
-    optimizer = make_optimizer(raw_model, s, world.device)
+    model = build_model(s, run.data.tokenizer, process)
+    optimizer = make_optimizer(model, s, process.device)
     # Gradients below 3e-8 are 0 in float16: the scaler multiplies the loss by a large number, and
     # divides the gradients by it before the step (Micikevicius et al. 2018)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    start = run.resume(raw_model, optimizer, scaler)  # 0 for a new run
-    # The same weights, compiled or copied to each process; raw_model is evaluated and saved
-    model = compiled_and_parallel(raw_model.train(), s, world)
-    announce(run, plan, loader)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    start = run.begin(model, optimizer, scaler)  # 0 for a new run
+    fast_model = compiled(model, s, process)  # the same weights; `model` is measured and saved
 
-    stop = StopRequest(s, world)  # Ctrl-C, SIGTERM or max_minutes
-    with stop.listening():
-        for step in range(start, s.max_steps + 1):
-            last = step == s.max_steps  # the final weights are measured too
-            if last or step % s.eval_every == 0:
-                run.evaluate(step, validation)
-            if last or (step and step % s.sample_every == 0):
-                run.show_sample(step)
-            if last or (step > start and step % s.checkpoint_every == 0):
-                run.save(step)
-            if last:
-                return run.finished()
-
+    with StopRequest(s, process) as stop:  # Ctrl-C, SIGTERM or max_minutes
+        for step in range(start, s.max_steps):
+            run.measure_and_save(step)  # validation, a text, a checkpoint, where they are due
             lr = get_lr(step, s)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            micro_batches, targets_in_step = step_batches(loader, step, plan, world)
-            loss_sum = torch.zeros((), device=world.device)
+            micro_batches, targets_in_step = step_batches(run, step)
+            loss_sum = torch.zeros((), device=process.device)
             # Gradient accumulation: the gradients of micro-batches add up to those of the batch
             for micro_step, (x, y) in enumerate(micro_batches):  # x, y: (B, T)
                 # Dropout depends only on the place in the run: a resumed run repeats it
-                torch.manual_seed(mix(s.seed, step, micro_step, world.rank))
-                more = micro_step < len(micro_batches) - 1
-                with world.accumulating(model, more):
-                    # Mixed precision: fast products in world.dtype, weights in float32, where
-                    # small updates are not rounded away
-                    with world.autocast():
-                        _, loss = model(x, y)
-                    # Weight it by its share of the step's tokens
-                    loss = loss * ((y != -1).sum() / targets_in_step)
-                    # Several processes average their gradients; times world.size that is a sum
-                    scaler.scale(loss * world.size).backward()
+                torch.manual_seed(combined_seed(s.seed, step, micro_step, process.rank))
+                # Mixed precision: fast products in process.dtype, weights in float32, where
+                # small updates are not rounded away
+                with process.autocast():
+                    _, loss = fast_model(x, y)
+                # A mean over the step: each micro-batch counts by its share of the targets
+                loss = loss * ((y != -1).sum() / targets_in_step)
+                scaler.scale(loss).backward()
                 loss_sum += loss.detach()
+            process.sum_gradients(model)  # over all processes, each of which had other rows
             scaler.unscale_(optimizer)
             # Clipping bounds the rare huge gradient, and keeps its direction
-            grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+            max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             run.log_step(step, targets_in_step, loss_sum, lr, grad_norm)
-            if stop.requested(step) and step + 1 < s.max_steps:
-                return run.stopped(step + 1, stop.signal)
+            if stop.requested(step):
+                return run.stopped(step + 1, stop)
+    return run.finished()
 
 
 # ======== PART 2: THE MACHINERY (skip this on a first reading) ========
@@ -542,427 +578,484 @@ TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
 class Run:
-    """A run's folder, log, checkpoints and clock, and what it prints."""
+    """A run's data, folder, log, checkpoints and clock, and what it prints."""
 
-    def __init__(self, s, data, world):
-        self.s, self.data, self.world = s, data, world
-        self.began = time.perf_counter()
-        self.best, self.bar = math.inf, None
-        self.row = {}  # measured since the last row of the log
-        self.mark = None  # (time, tokens) from where throughput is measured
-        chosen = world.from_master(lambda: choose_folder(s, world))
-        self.folder, self.saved, earlier, self.why_new = chosen
-        self.tokens = earlier.get("tokens", 0)  # trained on
-        world.compute_as(s, earlier)
+    def __init__(self, s, process):
+        self.s, self.process = s, process
+        self.data = open_data(s.data_dir)
+        self.loader = open_rows(s, self.data, "train", s.seed)
+        self.validation = open_rows(s, self.data, "val", None)
+        self.rows, self.rows_at_once = plan_batch(s, process)
+        self.best_val_loss = math.inf
+        self.measured = {}  # since the last line of the log
+        self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
+        self.speed_from = None  # (time, tokens) from where throughput is measured
+        choice = process.from_master(lambda: choose_folder(s, process))
+        self.folder, self.resumes_from, self.earlier, self.why_new = choice
+        self.tokens = self.earlier.get("tokens", 0)  # trained on
+        process.set_dtype(self.earlier.get("dtype", s.dtype))  # a resumed run keeps its precision
+        s.dtype = str(process.dtype).removeprefix("torch.")
 
-    def resume(self, model, optimizer, scaler):
-        """Load the checkpoint, if there is one; return the step to start from."""
-        self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, 0
-        if self.saved:
-            self.start, self.best = load_training_state(
-                self.saved, model, optimizer, scaler, self.data.tokenizer)
-        if self.world.is_master:
-            clear_leftovers(self.folder, self.start)
+    def begin(self, model, optimizer, scaler):
+        """Load the checkpoint, if there is one; say what will be done. Return the first step."""
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.began, self.start = time.perf_counter(), 0
+        if self.resumes_from:
+            self.start, self.best_val_loss = load_training_state(
+                self.resumes_from, model, optimizer, scaler, self.data.tokenizer)
+        self.speed = matmul_speed(self.process)
+        if self.process.is_master:
+            self.clear_leftovers()
+            self.announce()
+        self.progress_bar = tqdm(total=self.s.max_steps, initial=self.start, unit="step",
+                                 dynamic_ncols=True, disable=self.process.rank > 0 or None)
+        model.train()
         return self.start
 
-    @contextmanager
-    def clock_stopped(self):
-        wait_for(self.world.device)  # for the steps under way
-        began = time.perf_counter()
-        yield
-        if self.mark:
-            self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])
+    def clear_leftovers(self):
+        """Remove what a killed run left: partial files, and what was added after its checkpoint."""
+        stale = [*self.folder.glob(".*.tmp")]
+        if self.start == 0:
+            stale += [self.folder / name for name in ("ckpt.pt", "best.pt", *self.sizes)]
+        with writing(self.folder):
+            for path in stale:
+                path.unlink(missing_ok=True)
+            for name, size in self.earlier.get("sizes", {}).items():
+                os.truncate(self.folder / name, size)
+        if self.start == 0:
+            self.append("log.csv", ",".join(LOG_COLUMNS) + "\n")
+            self.append("samples.md", "")
+        self.count_sizes()
 
-    def evaluate(self, step, loader):
-        with self.clock_stopped():
-            found = evaluate(self.model, loader, self.s, self.world, self.data)
-            self.say(f"step {step:,}: val {in_words(found)}")
-            if found["val_loss"] < self.best:
-                self.best = found["val_loss"]
-                self.write("best.pt", step)
-            self.note(step, found)
+    def count_sizes(self):
+        if self.process.is_master:
+            self.sizes = {name: os.path.getsize(self.folder / name) for name in self.sizes}
+
+    def announce(self):
+        s, process = self.s, self.process
+        N, V = self.model.num_parameters(), self.model.config.vocab_size
+        epochs = s.max_steps * self.rows / self.loader.rows_per_epoch
+        tokens = epochs * sum(len(shard) - 1 for shard in self.loader.shards)
+        self.plan = (
+            f"model: {N:,} parameters; guessing blindly has a loss (-ln p, in nats) of ln {V:,} = "
+            f"{math.log(V):.2f}\n"
+            f"machine: {process.world_size} x {process.device_name()}, {s.dtype} at "
+            f"{self.speed / 1e9:,.0f} GFLOP/s (MFU: share in use)\n"
+            f"plan: {s.max_steps:,} steps of {self.rows} rows, {self.rows_at_once} at once; "
+            f"{tokens:,.0f} tokens, {epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens "
+            "per parameter")
+        floor = self.data.meta.get("entropy_floor")
+        if floor and s.rows == "documents":
+            self.plan += (f"\nfloor: {floor:.4f} nats, the lowest loss to expect. The nats above "
+                          "it are of wording (fixed), choices (random), recall (of earlier "
+                          "choices)")
+        print(self.plan)
+        if self.start == 0:
+            print(f"a new run in {self.folder}{self.why_new}")
+            return
+        print(f"continuing {self.folder} from step {self.start:,} ({start_over(self.folder)})")
+        threads = count_threads(process)
+        if self.earlier.get("threads", threads) != threads:
+            print(f"note: it ran with {self.earlier['threads']} threads and goes on with {threads}:"
+                  " rounding may differ")
+
+    def measure_and_save(self, step):
+        """The validation loss, a text and a checkpoint, each where it is due."""
+        s = self.s
+        is_last = step == s.max_steps
+        if is_last or step % s.eval_every == 0:
+            self.evaluate(step)
+        if is_last or (step > 0 and step % s.sample_every == 0):
+            self.show_sample(step)
+        if is_last or (step > self.start and step % s.checkpoint_every == 0):
+            self.save(step)
+
+    def evaluate(self, step):
+        found = evaluate(self.model, self.validation, self.s, self.process, self.data)
+        self.say(f"step {step:,}: val {in_words(found)}")
+        if found["val_loss"] < self.best_val_loss:
+            self.best_val_loss = found["val_loss"]
+            self.write_checkpoint("best.pt", step)
+        self.keep(step, found)
 
     def show_sample(self, step):
-        with self.clock_stopped():
-            scores = hellaswag_scores(self.model, self.world)
-            if scores:
-                self.say(f"step {step:,}: {in_words(scores)}")
-            if self.world.is_master:
-                seed = mix(self.s.seed, step)
-                text = self.model.generate("", 200, temperature=0.8, seed=seed).strip()
-                self.say(f"step {step:,} writes: {text}")
-                quoted = "\n".join(f"> {line}" for line in text.splitlines())
-                append(self.folder / "samples.md", f"## Step {step}\n\n{quoted}\n\n")
-            self.note(step, scores)
+        scores = hellaswag_scores(self.model, self.process)
+        if scores:
+            self.say(f"step {step:,}: {in_words(scores)}")
+        seed = combined_seed(self.s.seed, step)
+        text = self.model.generate("", 200, temperature=0.8, seed=seed).strip()
+        self.say(f"step {step:,} writes: {text}")
+        quoted = text.replace("\n", "\n> ")
+        self.append("samples.md", f"## Step {step}\n\n> {quoted}\n\n")
+        self.keep(step, scores)
 
-    def note(self, step, found):
-        """Keep what was measured for the next row of the log; draw the report anew."""
-        self.row |= {"step": step, "tokens": self.tokens} | found
-        if self.world.is_master:
-            write_report(self, [*read_log(self.folder), self.row])
+    def keep(self, step, found):
+        """Keep what was measured for the next line of the log; draw the report anew."""
+        self.measured |= {"step": step, "tokens": self.tokens} | found
+        if self.process.is_master:
+            write_report(self, [*read_log(self.folder), self.measured])
+        self.restart_clock()
 
-    def write(self, name, step, **more):
-        threads = torch.get_num_threads() * self.world.size
-        settings = asdict(self.s) | {"threads": threads, "tokens": self.tokens}
-        content = make_checkpoint(self.model, step, settings, self.best) | more
-        if self.world.is_master:
-            write_atomically(self.folder / name, lambda file: torch.save(content, file))
+    def restart_clock(self):
+        """What is measured and saved does not count as training time."""
+        wait_for(self.process.device)
+        if self.speed_from is not None:  # the first logged step may have compiled the model
+            self.speed_from = (time.perf_counter(), self.tokens)
 
     def save(self, step):
         """Write ckpt.pt, from which a run resumes; at the last step it marks the end."""
-        with self.clock_stopped():
-            self.check_finite()
-            if step == self.s.max_steps:
-                self.write_row()
-            optimizer = self.optimizer.state_dict() | {"scaler": self.scaler.state_dict()}
-            self.write("ckpt.pt", step, optimizer=optimizer)
+        self.check_finite()
+        if step == self.s.max_steps:
+            self.write_line({})
+        self.write_checkpoint("ckpt.pt", step, optimizer={
+            "state": optimizer_state(self.model, self.optimizer),
+            "scaler": self.scaler.state_dict()})
+        self.restart_clock()
+
+    def write_checkpoint(self, name, step, **more):
+        if self.process.is_master:
+            settings = asdict(self.s) | {"threads": count_threads(self.process),
+                                         "tokens": self.tokens, "sizes": self.sizes}
+            content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
+            write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def log_step(self, step, targets, loss_sum, lr, grad_norm):
         """Count a step; every log_every steps, log it. Only then does the CPU wait for a GPU."""
+        s, speed = self.s, 0
         self.tokens += targets
         self.latest = (step, loss_sum, lr, grad_norm)
-        if self.bar:
-            self.bar.update()
-        if not (step % self.s.log_every == 0 or step == self.s.max_steps - 1 or self.row):
+        self.progress_bar.update()
+        is_due = step % s.log_every == 0
+        if not (is_due or step == s.max_steps - 1 or self.measured):
             return
         loss, norm = self.check_finite()
-        row = dict(step=step, tokens=self.tokens - targets, train_loss=loss, lr=lr, grad_norm=norm)
+        line = {"step": step, "tokens": self.tokens - targets, "train_loss": loss, "lr": lr,
+                "grad_norm": norm}
         text, now = f"train {loss:.4f} | lr {lr:.2e} | grad norm {norm:.2f}", time.perf_counter()
-        if self.mark:
-            speed = (self.tokens - self.mark[1]) / (now - self.mark[0])
-            row["tokens_per_second"] = round(speed)
-            mfu = 100 * speed * self.flops_per_token / self.peak
-            minutes = (self.s.max_steps - step) * targets / speed / 60
-            text += f" | {speed:,.0f} tokens/s, MFU {mfu:.0f} %, {minutes:.1f} min left"
-        self.mark = (now, self.tokens)
-        self.write_row(**row)
-        if self.bar:
-            self.bar.set_postfix_str(text)
-        elif step % self.s.log_every == 0:
-            self.say(f"step {step:,}/{self.s.max_steps:,} | {text}")
+        if self.speed_from is not None:
+            since, tokens = self.speed_from
+            speed = (self.tokens - tokens) / (now - since)
+            line["tokens_per_second"] = round(speed)
+            flops = speed * flops_per_token(self.model, s.block_size)
+            text += (f" | {speed:,.0f} tokens/s, "
+                     f"MFU {flops / (self.speed * self.process.world_size):.0%}, "
+                     f"{(s.max_steps - step) * targets / speed / 60:.1f} min left")
+        self.speed_from = (now, self.tokens)
+        self.write_line(line)
+        self.count_sizes()
+        self.progress_bar.set_postfix_str(text)
+        if is_due and self.progress_bar.disable:
+            self.say(f"step {step:,}/{s.max_steps:,} | {text}")
 
     def check_finite(self):
         """(loss, gradient norm) of the latest step. Infinite ones end the run."""
         step, loss_sum, lr, grad_norm = self.latest
-        loss, norm = self.world.reduce(loss_sum.clone()).item(), grad_norm.item()
+        loss, norm = self.process.reduce(loss_sum.clone()).item(), grad_norm.item()
         # float16's scaler expects infinite gradients now and then, and skips those steps
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+        if not math.isfinite(loss if self.scaler.is_enabled() else loss + norm):
             raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g}: lower "
                             f"--learning_rate from {lr:.2g}; the last checkpoint is intact")
         return loss, norm
 
-    def write_row(self, **values):
-        row = self.row | values | {"seconds": round(time.perf_counter() - self.began, 2)}
-        self.row = {}
-        if self.world.is_master:
-            append(self.folder / "log.csv", log_line(row))
+    def write_line(self, values):
+        """Add to the log what was measured since its last line, and these values."""
+        seconds = round(time.perf_counter() - self.began, 2)
+        line = self.measured | values | {"seconds": seconds}
+        self.append("log.csv", log_line(line))
+        self.measured = {}
+
+    def append(self, name, text):
+        if self.process.is_master:
+            append(self.folder / name, text)
 
     def say(self, text):
-        if self.world.is_master:
-            tqdm.write(text) if self.bar else print(text, flush=True)
+        if self.process.is_master:
+            with tqdm.external_write_mode():  # above the progress bar
+                print(text, flush=True)
 
-    def stopped(self, step, number):
+    def stopped(self, step, stop):
+        """Save at a step where the run was asked to stop. Return the exit status."""
+        if step == self.s.max_steps:
+            return self.finished()
         self.save(step)
-        again = "the same command" + " without --overwrite" * self.s.overwrite
+        again = "the same command without --overwrite" if self.s.overwrite else "the same command"
         self.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
-        return 0 if number == TIME_IS_UP else 128 + number  # as in a shell
+        return 0 if stop.signal == TIME_IS_UP else 128 + stop.signal  # as in a shell
 
     def finished(self):
+        self.measure_and_save(self.s.max_steps)
         minutes = (time.perf_counter() - self.began) / 60
-        self.say(f"done in {minutes:.1f} min, lowest validation loss {self.best:.4f}; see "
+        self.say(f"done in {minutes:.1f} min, lowest validation loss {self.best_val_loss:.4f}; see "
                  f"{self.folder / 'report.md'}\nnow: python sample.py --checkpoint="
                  f"{self.folder / 'best.pt'}")
         return 0
 
 
-def announce(run, plan, loader):
-    """Print the plan; measure the speed that throughput is compared with (MFU)."""
-    s, world, model, (rows, at_once) = run.s, run.world, run.model, plan
-    run.flops_per_token, run.peak = flops_per_token(model, s.block_size), math.inf
-    if not world.is_master:
-        return
-    speed, N, V = matmul_speed(world), model.num_parameters(), model.config.vocab_size
-    run.peak, epochs = speed * world.size, s.max_steps * rows / loader.rows_per_epoch
-    tokens = epochs * sum(len(shard) - 1 for shard in loader.shards)
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device
-    run.plan = (
-        f"model: {N:,} parameters; guessing blindly has a loss (-ln p, in nats) of ln {V:,} = "
-        f"{math.log(V):.2f}\nmachine: {world.size} x {device}, {s.dtype} at {speed / 1e9:,.0f} "
-        "GFLOP/s (MFU: share in use)\n"
-        f"plan: {s.max_steps:,} steps of {rows} rows, {at_once} at once; {tokens:,.0f} tokens, "
-        f"{epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens per parameter")
-    if s.rows == "documents" and (floor := run.data.meta.get("entropy_floor")):
-        run.plan += (f"\nfloor: {floor:.4f} nats, the lowest loss to expect. The nats above it are "
-                     "of wording (fixed), choices (random), recall (of earlier choices)")
-    print(run.plan)
-    print(f"continuing {run.folder} from step {run.start:,} ({start_over(run.folder)})"
-          if run.start else f"a new run in {run.folder}{run.why_new}")
-    if sys.stderr.isatty():
-        run.bar = tqdm(total=s.max_steps, initial=run.start, unit="step", dynamic_ncols=True)
-
-
 def difference(checkpoint, s):
-    """Why a checkpoint is not of an unfinished run of these settings."""
+    """Why a checkpoint is not of an unfinished run of these settings; empty if it is."""
+    if checkpoint.get("code", model_code()) != model_code():
+        return "a run of other model code"
     theirs = asdict(Settings()) | checkpoint["settings"]
-    theirs["code"] = checkpoint.get("code", model_code())
-    for name, value in (asdict(s) | {"code": model_code()}).items():
-        same = repr(theirs[name]) == repr(value) or (name, value) == ("dtype", "auto")
-        if not same and name not in FREE_SETTINGS:
+    for name, value in asdict(s).items():
+        differs = repr(theirs[name]) != repr(value)
+        if name == "dtype" and value == "auto":
+            differs = False  # whatever it was computed in
+        if differs and name not in FREE_SETTINGS:
             return f"a run with {name}={theirs[name]}"
-    return "a finished run" if checkpoint["step"] == s.max_steps else ""
+    if checkpoint["step"] == s.max_steps:
+        return "a finished run"
+    return ""
 
 
-def choose_folder(s, world):
+def choose_folder(s, process):
     """Lock the folder of the unfinished run of these settings, or the next free one: (folder,
     checkpoint to resume from, its settings, why a new run starts)."""
-    base, why_new = Path(s.out_dir or f"out/{s.preset}"), ""
+    base = Path(s.out_dir or f"out/{s.preset}")
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
-        raise UserError(f"--overwrite=True would delete {s.init_from}: choose another --out_dir")
+        raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
+    why_new = ""
     for number in itertools.count(1):
-        folder = base if number == 1 else base.parent / f"{base.name or 'run'}-{number}"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir()}
-            is_free = s.overwrite or not names or names & {".lock", "ckpt.pt", "best.pt"}
-            lock = lock_folder(folder) if is_free else None
-        # Killed before its first checkpoint, a run has best.pt, which tells whose it is
-        saved = [name for name in ("ckpt.pt", "best.pt") if name in names and not s.overwrite]
-        why = "" if is_free else "other files"
-        if saved:
-            found = load_checkpoint(folder / saved[0], start_over(folder), edited=True)
-            why = difference(found, s)
-        if not why and lock is None:
-            raise UserError(f"another run uses {folder}: stop it, or change --out_dir")
-        if not why:
-            world.at_end.callback(lock.release)
-            if "ckpt.pt" in saved:
-                return folder, folder / "ckpt.pt", found["settings"], ""
+        folder = base
+        if number > 1:
+            folder = base.with_name(f"{base.name}-{number}")
+        saved, why_not = look_into(folder, s)
+        if not why_not:
+            process.at_end.callback(lock_folder(folder).release)
+            if saved is not None and saved["name"] == "ckpt.pt":
+                return folder, folder / "ckpt.pt", saved["settings"], ""
             return folder, None, {}, why_new
-        why_new = why_new or f" ({folder} holds {why})"
+        if not why_new:
+            why_new = f" ({folder} holds {why_not})"
+
+
+def look_into(folder, s):
+    """(the checkpoint in a run's folder or None, why this run cannot use the folder)."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+    if s.overwrite:
+        return None, ""
+    # Killed before its first checkpoint, a run has best.pt, which tells whose it is
+    for name in ("ckpt.pt", "best.pt"):
+        if name in names:
+            saved = read_checkpoint(folder / name, start_over(folder))
+            return saved | {"name": name}, difference(saved, s)
+    if names - {".lock"} and ".lock" not in names:
+        return None, "other files"
+    return None, ""
 
 
 def start_over(folder):
-    return f"to start over: --out_dir={folder} --overwrite=True"
+    return f"to start over: --out_dir={folder} --overwrite"
 
 
 def lock_folder(folder):
-    """A lock until this process ends; None if the folder is taken."""
+    """A lock until this process ends. Raises UserError where another run has it."""
     try:
-        return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
+        with writing(folder):
+            return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
     except filelock.Timeout:
-        return None
+        raise UserError(f"another run uses {folder}: stop it, or change --out_dir") from None
 
 
-def clear_leftovers(folder, start):
-    """Remove what a killed run left: partial files, rows and samples from `start` on."""
-    with writing(folder):
-        stale = [] if start else [folder / "ckpt.pt", folder / "best.pt"]
-        for path in [*folder.glob(".*.tmp"), *stale]:
-            path.unlink(missing_ok=True)
-    rows = [row for row in read_log(folder) if int(row["step"]) < start]
-    header = ",".join(LOG_COLUMNS) + "\n"
-    write_text(folder / "log.csv", header + "".join(map(log_line, rows)))
-    samples = [block for block in read_samples(folder) if int(block.split()[2]) < start]
-    write_text(folder / "samples.md", "".join(samples))
-
-
-def log_line(row):
-    return ",".join(str(row.get(name, "")) for name in LOG_COLUMNS) + "\n"
+def log_line(values):
+    return ",".join(str(values.get(name, "")) for name in LOG_COLUMNS) + "\n"
 
 
 def read_log(folder):
-    """The rows of log.csv, {column: text}, without an unfinished one."""
+    """The lines of log.csv, {column: text}, without an unfinished one."""
     try:
         with open(folder / "log.csv", encoding="utf-8", errors="replace", newline="") as file:
-            rows = list(csv.DictReader(file))
+            lines = list(csv.DictReader(file))
     except (OSError, csv.Error):
         return []
-    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
-
-
-def read_samples(folder):
-    path = folder / "samples.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return re.findall(r"^## Step \d.*?(?=^## Step |\Z)", text, re.M | re.S)
+    return [line for line in lines if None not in line.values() and line["step"].isdigit()]
 
 
 class StopRequest:
     """Ctrl-C, SIGTERM or max_minutes: the run finishes its step, saves and ends."""
 
-    def __init__(self, s, world):
-        self.s, self.world, self.began = s, world, time.perf_counter()
-        self.signal, self.received = 0, math.inf
+    def __init__(self, s, process):
+        self.s, self.process = s, process
+        self.signal, self.began = 0, time.perf_counter()
 
-    @contextmanager
-    def listening(self):
-        before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, previous in before.items():
-                signal.signal(number, previous)
+    def __enter__(self):
+        self.handlers_before = {number: signal.signal(number, self.handle)
+                                for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame=None):
-        # A second signal leaves at once, but not within 0.5 s: torchrun sends the first twice
-        if self.signal and time.perf_counter() - self.received > 0.5:
-            os._exit(128 + number)
-        self.received, self.signal = time.perf_counter(), number
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     def requested(self, step):
         """Is it time to stop? Several processes agree on it in logged steps."""
         minutes = (time.perf_counter() - self.began) / 60
-        if minutes >= (self.s.max_minutes or math.inf):
+        if self.s.max_minutes is not None and minutes >= self.s.max_minutes:
             self.signal = self.signal or TIME_IS_UP
-        if self.world.size > 1:
+        if self.process.world_size > 1:
             if step % self.s.log_every:
                 return False
-            self.signal = int(self.world.reduce(torch.tensor(self.signal), largest=True))
-            self.received = time.perf_counter()  # a late signal is still the same one
+            largest = self.process.reduce(torch.tensor(self.signal), dist.ReduceOp.MAX)
+            self.signal = int(largest)
         return self.signal > 0
 
 
 # ---- Report and picture ----
 
 
-def write_report(run, rows):
-    """Draw loss.svg and write report.md, from the log's rows and samples.md."""
-    rows = [{name: float(value) for name, value in row.items() if value != ""} for row in rows]
-
-    def curves(**columns):
-        found = {name: [(row["tokens"], row[column]) for row in rows if column in row]
-                 for name, column in columns.items()}
-        return {name: curve for name, curve in found.items() if curve}
-    lines = dict(run.data.meta.get("landmarks", {}))
-    panels = [("nats per token:", curves(training="train_loss", validation="val_loss"), lines)]
-    if "above_floor" in rows[-1]:
-        lines["floor"] = rows[-1]["val_loss"] - rows[-1]["above_floor"]
-        skills = curves(**{skill: f"above_floor_{skill}" for skill in SKILLS})
-        panels.append(("nats per token above the floor, by skill:", skills, {}))
-    body = "\n".join(draw(30 + 310 * i, *panel) for i, panel in enumerate(panels))
-    write_text(run.folder / "loss.svg", '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" '
-               f'font-family="sans-serif" font-size="13" viewBox="0 0 720 620">{body}</svg>\n')
-    table = "".join(f"| {row['step']:,.0f} | {in_words(row)} |\n" for row in rows if in_words(row))
-    write_text(run.folder / "report.md", f"# {run.folder.name}\n\n![loss](loss.svg)\n\n```\n"
-               f"{run.plan}\n```\n\n| step | measured |\n| --- | --- |\n{table}\n"
-               + "".join(read_samples(run.folder)))
+def write_report(run, lines):
+    """Draw loss.svg and write report.md, from the log's lines and samples.md."""
+    lines = [{name: float(value) for name, value in line.items() if value != ""} for line in lines]
+    levels, last = dict(run.data.meta.get("landmarks", {})), lines[-1]
+    if "above_floor" in last:
+        levels["floor"] = last["val_loss"] - last["above_floor"]
+    losses = {"training": curve(lines, "train_loss"), "validation": curve(lines, "val_loss")}
+    panels = [draw(30, "nats per token:", losses, levels)]
+    if "above_floor" in last:
+        skills = {skill: curve(lines, f"above_floor_{skill}") for skill in SKILLS}
+        panels.append(draw(340, "nats per token above the floor, by skill:", skills, {}))
+    write_text(run.folder / "loss.svg",
+               '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" font-family="sans-serif" '
+               f'font-size="13" viewBox="0 0 720 620">{"".join(panels)}</svg>\n')
+    measured = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
+    samples = (run.folder / "samples.md").read_text(encoding="utf-8")
+    write_text(run.folder / "report.md", "\n".join([
+        f"# {run.folder.name}\n\n![loss](loss.svg)\n\n```\n{run.plan}\n```\n",
+        "| step | measured |\n| --- | --- |", *measured, "", samples]))
 
 
-def draw(top, title, curves, lines):
-    """A panel of an SVG, on a logarithmic scale: {curve: [(tokens, value)]}, {line: value}."""
-    points = [point for curve in curves.values() for point in curve]
-    span = max(t for t, _ in points) or 1
-    logs = [math.log(max(v, 1e-3)) for v in (*(v for _, v in points), *lines.values())]
-    low, high = min(logs), max(logs) + 0.1
+def curve(lines, column):
+    """[(tokens, value), ...] of the log's lines that have a value there."""
+    return [(line["tokens"], line[column]) for line in lines if column in line]
 
-    def place(t, v):
-        y = top + 250 * (high - math.log(max(v, 1e-3))) / (high - low)
-        return f"{10 + 560 * t / span:.0f}", f"{y:.1f}"
 
-    body, legend = [], ""
-    flat = {name: [(0, value), (span, value)] for name, value in lines.items()}
-    colours = ["#e8710a", "#2f80ed", "#16a07a"][:len(curves)] + ["#888"] * len(lines)
-    for colour, (name, curve) in zip(colours, (curves | flat).items(), strict=True):
-        some = curve[::len(curve) // 600 + 1] + curve[-1:]
-        path = " ".join(",".join(place(t, v)) for t, v in some)
-        x, y = place(*curve[-1])
-        body.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-        label = f'fill="{colour}">{name} {curve[-1][1]:.4f}</'
-        if name in curves:
-            legend += f' <tspan {label}tspan>'
-        else:
-            body.append(f'<text x="{x}" y="{y}" {label}text>')
-    body.append(f'<text x="10" y="{top - 12}">{title}{legend}, {span:,.0f} tokens</text>')
-    return "\n".join(body)
+COLOURS = ("#e8710a", "#2f80ed", "#16a07a")
+
+
+def draw(top, title, curves, levels):
+    """A panel of an SVG, on a logarithmic scale: {name: [(tokens, value)]}, {name: value}."""
+    curves = {name: points for name, points in curves.items() if points}
+    points = sum(curves.values(), [])
+    span = max(tokens for tokens, _ in points) or 1
+    values = [value for _, value in points] + [*levels.values()]
+    low = math.log(max(min(values), 1e-3))
+    high = math.log(max(values)) + 0.1
+
+    def x(tokens):
+        return round(10 + 560 * tokens / span)
+
+    def y(value):
+        share = (high - math.log(max(value, 1e-3))) / (high - low)
+        return round(top + 250 * share, 1)
+
+    shapes = []
+    legend = title
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        some = points[::len(points) // 600 + 1] + points[-1:]
+        path = " ".join(f"{x(tokens)},{y(value)}" for tokens, value in some)
+        shapes.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
+        legend += f' <tspan fill="{colour}">{name} {points[-1][1]:.4f}</tspan>'
+    for name, value in levels.items():
+        shapes.append(f'<line x1="10" x2="570" y1="{y(value)}" y2="{y(value)}" stroke="#888"/>')
+        shapes.append(f'<text x="570" y="{y(value)}">{name} {value:.4f}</text>')
+    shapes.append(f'<text x="10" y="{top - 12}">{legend}, {span:,.0f} tokens</text>')
+    return "\n".join(shapes)
 
 
 # ---- The batches of a step, the rows of an epoch ----
 
 
-def plan_batch(s, world):
-    """(rows in a step, of all processes; rows that one process handles at once)."""
+def plan_batch(s, process):
+    """(rows of a step, of all processes; rows that one process handles at once). Raises UserError
+    where they cannot be dealt evenly."""
     rows, rest = divmod(s.total_batch_size, s.block_size)
-    if rest or not rows or rows % world.size or (rows > s.batch_size and rows % s.batch_size):
-        raise UserError(f"total_batch_size ({s.total_batch_size:,}) must be a multiple of "
-                        f"block_size * processes ({s.block_size * world.size:,}) and, if larger, "
-                        f"of batch_size * block_size ({s.batch_size * s.block_size:,})")
-    share = rows // world.size
-    return rows, next(n for n in range(min(s.batch_size, share), 0, -1) if share % n == 0)
+    share, uneven = divmod(rows, process.world_size)
+    if rest or uneven or rows == 0 or (rows > s.batch_size and rows % s.batch_size):
+        raise UserError(
+            f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size * "
+            f"processes ({s.block_size * process.world_size:,}) and, if larger, of batch_size * "
+            f"block_size ({s.batch_size * s.block_size:,})")
+    size = min(s.batch_size, share)
+    while share % size:
+        size -= 1
+    return rows, size
 
 
-def step_batches(loader, step, plan, world):
-    """This process's part of a step, [(x, y), ...], and the targets in the whole step."""
-    rows, micro_batch_size = plan
-    every_row, share = range(step * rows, (step + 1) * rows), rows // world.size
-    targets = sum(loader.rows.locate(row)[2] for row in every_row)
-    mine, batches = every_row[world.rank * share:(world.rank + 1) * share], []
-    for i in range(0, share, micro_batch_size):
-        x, y = loader.batch(mine[i:i + micro_batch_size])
-        if world.device.type == "cuda":  # pinned memory: the copy runs beside the computation
-            x, y = x.pin_memory(), y.pin_memory()
-        batches.append([t.to(world.device, non_blocking=True) for t in (x, y)])
+def step_batches(run, step):
+    """This process's micro-batches of a step, [(x, y), ...], and the targets in the whole step."""
+    process, rows = run.process, range(step * run.rows, (step + 1) * run.rows)
+    targets = sum(run.loader.row_index.locate(row)[2] for row in rows)
+    share = run.rows // process.world_size
+    batches = []
+    for first in range(process.rank * share, (process.rank + 1) * share, run.rows_at_once):
+        batch = run.loader.batch(rows[first:first + run.rows_at_once])
+        if process.device.type == "cuda":  # pinned memory: the copy runs beside the computation
+            batch = [t.pin_memory() for t in batch]
+        batches.append([t.to(process.device, non_blocking=True) for t in batch])
     return batches, targets
 
 
 class RowIndex:
     """Which tokens are row number g? With `eot`, a row is a document. An epoch shuffles the shards,
-    and the rows within each: memory holds two shards' order."""
+    and the rows within each: memory holds two shards' order. Without a seed nothing is shuffled."""
 
     def __init__(self, shards, block_size, seed, eot):
         self.shards, self.block_size, self.seed, self.eot = shards, block_size, seed, eot
-        self.has_long_documents = False  # longer than a row
-        self.cuts = functools.lru_cache(maxsize=2)(self._cuts)
         self.order = functools.lru_cache(maxsize=2)(self._order)
-        self.counts = [self._count(shard) for shard in range(len(shards))]  # rows of each
-        self.per_epoch = sum(self.counts)
+        self.rows = functools.lru_cache(maxsize=2)(self._rows)
+        self.counts = [len(self.rows(0, shard)) for shard in range(len(shards))]
+        self.rows_per_epoch = sum(self.counts)
 
     def locate(self, row):
         """Row number -> (shard, first token, number of targets)."""
-        epoch, row = divmod(row, self.per_epoch)
+        epoch, row = divmod(row, self.rows_per_epoch)
         for shard in self.order(epoch):
             if row < self.counts[shard]:
-                starts, lengths = self.cuts(epoch, shard)
-                return shard, int(starts[row]), int(lengths[row])
+                start, length = self.rows(epoch, shard)[row].tolist()
+                return shard, start, length
             row -= self.counts[shard]
 
-    def _rng(self, *key):
-        return np.random.default_rng([self.seed, *key])
-
     def _order(self, epoch):
-        n = len(self.shards)
-        return range(n) if self.seed is None else self._rng(epoch).permutation(n).tolist()
+        shards = np.arange(len(self.shards))
+        return shards if self.seed is None else self._random(epoch).permutation(shards)
 
-    def _count(self, shard):
-        if self.eot is not None or self.seed is None:
-            return len(self.cuts(0, shard)[0])
-        fit = (len(self.shards[shard]) - 1) // self.block_size
-        return fit - 1 if fit > 1 else fit  # one row's length is left to shift the cuts
+    def _random(self, *place):
+        return np.random.default_rng([self.seed, *place])
 
-    def _cuts(self, epoch, shard):
-        """(starts, numbers of targets) of a shard's rows, in the order of the epoch."""
+    def _rows(self, epoch, shard):
+        """(rows, 2) int64: first token and number of targets of a shard's rows, in the order of the
+        epoch."""
         n, T = len(self.shards[shard]), self.block_size
         if self.eot is not None:
-            starts, lengths = self._documents(self.shards[shard])
+            starts, ends = self._documents(shard)
         elif self.seed is None:
             starts = np.arange(0, n - 1, T)
-            lengths = np.minimum(T, n - 1 - starts)
+            ends = np.minimum(starts + T, n - 1)
         else:
-            count = self._count(shard)
-            shift = self._rng(epoch, shard, 0).integers(0, min(T, n - count * T))
-            starts, lengths = shift + T * np.arange(count), np.full(count, T)
-        if self.seed is not None:
-            order = self._rng(epoch, shard, 1).permutation(len(starts))
-            starts, lengths = starts[order], lengths[order]
-        return starts, lengths
+            count = (n - 1) // T
+            count -= count > 1  # one row's length is left to shift the cuts
+            shift = self._random(epoch, shard, 0).integers(0, min(T, n - count * T))
+            starts = shift + T * np.arange(count)
+            ends = starts + T
+        rows = np.stack((starts, ends - starts), axis=1)
+        return rows if self.seed is None else self._random(epoch, shard, 1).permutation(rows)
 
-    def _documents(self, tokens):
-        """Rows between <|endoftext|>; a document of 25 targets makes 10, 10 and 5 for T = 10."""
-        T, eots = self.block_size, np.flatnonzero(tokens == self.eot)
-        marks = np.unique(np.concatenate(([0], eots, [len(tokens) - 1])))
-        pieces = -(-np.diff(marks) // T)  # rows that each document takes, rounded up
-        self.has_long_documents |= bool((pieces > 1).any())
-        index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(marks[:-1], pieces) + T * index
-        return starts, np.minimum(T, np.repeat(marks[1:], pieces) - starts)
+    def _documents(self, shard):
+        """Where rows between <|endoftext|> begin and end. Of a document longer than T tokens, each
+        T make a row."""
+        tokens, T = self.shards[shard], self.block_size
+        marks = [0, *np.flatnonzero(tokens == self.eot).tolist(), len(tokens) - 1]
+        starts, ends = [], []
+        for begin, end in itertools.pairwise(marks):
+            of_document = range(begin, end, T)
+            starts += of_document
+            ends += [min(start + T, end) for start in of_document]
+        return np.array(starts), np.array(ends)
 
 
 # ---- Tokenizer ----
@@ -981,37 +1074,29 @@ class Tokenizer:
     <|endoftext|>, None for char. Raises UserError for another spec or a missing vocabulary."""
 
     def __init__(self, spec):
-        self.spec, self.eot, kind = spec, None, None
-        try:
-            kind = spec["kind"]
-            if kind == "char":
-                self.ids = {character: i for i, character in enumerate(spec["alphabet"])}
-                self.tokens = [character.encode() for character in spec["alphabet"]]
-            elif kind == "gpt2":
-                self.encoding = tiktoken.get_encoding("gpt2")
-                self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
-            else:
-                self.tokens = [token.encode("latin-1") for token in spec["ranks"]]
-            if kind == "bpe":
-                self.encoding = tiktoken.Encoding(
-                    "bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: len(self.tokens)},
-                    mergeable_ranks={token: i for i, token in enumerate(self.tokens)})
-            single = sum(len(token) == 1 for token in self.tokens)
-            if kind != "sentencepiece" and not 0 < len(set(self.tokens)) == len(self.tokens) or \
-                    kind == "bpe" and single < 256:
-                raise ValueError("tokens must be distinct and write all bytes")
-        except Exception as error:
-            hint = "; offline, set TIKTOKEN_CACHE_DIR or use --tokenizer=bpe" * (kind == "gpt2")
-            raise UserError(f"no tokenizer of {str(spec)[:50]}: {error!r:.150}{hint}") from None
-        if kind != "char":
+        self.spec, self.eot, kind = spec, None, spec.get("kind")
+        if kind == "gpt2":
+            self.encoding = openai_encoding()
+            self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
+        else:
+            self.tokens = tokens_of(spec)
+        if kind == "char":
+            self.ids = {character: i for i, character in enumerate(spec["alphabet"])}
+        else:
             self.eot = 256 if kind == "sentencepiece" else len(self.tokens)
             self.tokens.insert(self.eot, END_OF_TEXT.encode())
+        if kind == "bpe":
+            self.encoding = tiktoken.Encoding(
+                "bpe", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: self.eot},
+                mergeable_ranks={token: i for i, token in enumerate(self.tokens[:-1])})
         self.vocab_size = len(self.tokens)
 
     @property
     def document_start(self):
         """The ids before a document: <|endoftext|>, or a line break in a corpus of characters."""
-        return [self.eot] if self.eot is not None else [self.ids.get("\n", 0)]
+        if self.eot is None:
+            return [self.ids.get("\n", 0)]
+        return [self.eot]
 
     @functools.cached_property
     def sentencepiece(self):
@@ -1025,10 +1110,11 @@ class Tokenizer:
         """str -> list of ids. Raises UserError for a character that a char vocabulary lacks."""
         if self.spec["kind"] == "sentencepiece":
             return self.sentencepiece.encode(text.encode(errors="replace"))
-        if self.eot is not None:
+        if self.spec["kind"] != "char":
             return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a text is plain text
-        if unknown := set(text) - self.ids.keys():
-            raise UserError(f"the vocabulary has no {min(unknown)!r}, only {[*self.ids][:200]}")
+        unknown = "".join(sorted(set(text) - self.ids.keys()))
+        if unknown:
+            raise UserError(f"the vocabulary lacks {unknown!r}, it has {self.spec['alphabet']!r}")
         return [self.ids[character] for character in text]
 
     def decode_bytes(self, ids):
@@ -1041,7 +1127,36 @@ class Tokenizer:
 
     def token_bytes(self):
         """(vocab_size,) int64: bytes of text per token; 0 for <|endoftext|>."""
-        return np.array([len(token) * (i != self.eot) for i, token in enumerate(self.tokens)])
+        sizes = np.array([len(token) for token in self.tokens])
+        if self.eot is not None:
+            sizes[self.eot] = 0
+        return sizes
+
+
+def tokens_of(spec):
+    """The tokens of a spec, bytes each. Raises UserError unless they can write every text."""
+    kind, tokens = spec.get("kind"), []
+    with suppress(LookupError, TypeError, AttributeError, UnicodeError):
+        if kind == "char":
+            tokens = [character.encode() for character in spec["alphabet"]]
+        else:
+            tokens = [token.encode("latin-1") for token in spec["ranks"]]
+    distinct = set(tokens)
+    lacks_bytes = kind == "bpe" and sum(len(token) == 1 for token in distinct) < 256
+    if not tokens or lacks_bytes or (len(distinct) < len(tokens) and kind != "sentencepiece"):
+        raise UserError(f"{str(spec)[:50]} is no tokenizer: its tokens must be distinct and write "
+                        "all bytes")
+    return tokens
+
+
+def openai_encoding():
+    """GPT-2's vocabulary, which tiktoken downloads once."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of the network or the disk, of whatever library
+        raise UserError(f"GPT-2's vocabulary is missing here ({error!r:.100}): without a network, "
+                        "set TIKTOKEN_CACHE_DIR to a folder that holds it; own text can also be "
+                        "prepared with --tokenizer=bpe") from None
 
 
 def encode_prompt(model, text):
@@ -1049,31 +1164,35 @@ def encode_prompt(model, text):
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: give it token ids")
     ids = model.tokenizer.encode(text)
-    return ids if ids and not model.starts_documents else model.tokenizer.document_start + ids
+    if model.starts_documents or not ids:
+        return model.tokenizer.document_start + ids
+    return ids
 
 
 # ---- Shards and meta.json ----
-
 
 def read_shard(path):
     """A shard's tokens as a memory map, (n,) uint16. Raises UserError for a damaged one."""
     # llm.c's format: 256 int32 (magic 20240520, version 1, token count), then uint16 tokens
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", count=256)
-        magic, version, count = header[:3].tolist()
-        if (magic, version) == (20240520, 1) and size == 1024 + 2 * count > 1024:
-            return np.memmap(path, "<u2", mode="r", offset=1024, shape=(count,))
+        size = os.path.getsize(path)
+        magic, version, count = np.fromfile(path, "<i4", count=3).tolist()
     except (OSError, ValueError):
-        pass
-    raise UserError(f"{path} is incomplete or unreadable: prepare it again")
+        magic = None
+    if magic != 20240520 or version != 1 or not size == 1024 + 2 * count > 1024:
+        raise UserError(f"{path} is incomplete or unreadable: prepare it again")
+    # numpy's memmap keeps each file open, and a system may allow as few as 256; torch closes it
+    return torch.from_file(str(path), size=size // 2, dtype=torch.uint16).numpy()[512:]
 
 
 def shard_paths(data_dir):
     """{"train": [...], "val": [...]}: the last of both words in a .bin file's name decides."""
     paths = {"train": [], "val": []}
-    for path in sorted(Path(data_dir).glob("*.bin")) if os.path.isdir(data_dir) else ():
-        if words := re.findall("train|val", path.name):
-            paths[words[-1]].append(path)
+    if os.path.isdir(data_dir):
+        for path in sorted(Path(data_dir).glob("*.bin")):
+            words = re.findall("train|val", path.name)
+            if words:
+                paths[words[-1]].append(path)
     for split, found in paths.items():
         if not found:
             raise UserError(f"no {split} shards in {data_dir}; {how_to_prepare(data_dir)}")
@@ -1081,8 +1200,9 @@ def shard_paths(data_dir):
 
 
 def open_rows(s, data, split, seed):
-    eot, vocab_size = data.tokenizer.eot, data.tokenizer.vocab_size
-    return ShardedLoader(s.data_dir, split, s.block_size, s.rows, seed, vocab_size, eot)
+    tokenizer = data.tokenizer
+    return ShardedLoader(s.data_dir, split, s.block_size, s.rows, seed, tokenizer.vocab_size,
+                         tokenizer.eot)
 
 
 def how_to_prepare(data_dir):
@@ -1090,7 +1210,7 @@ def how_to_prepare(data_dir):
     if name == "fineweb_edu_bpe":
         name = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
     elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu"):
-        name = f"FILE.txt --out_dir={data_dir}"
+        name = f"FILE.txt --out_dir={shlex.quote(str(data_dir))}"
     return f"make them with: python prepare_data.py {name}"
 
 
@@ -1107,15 +1227,14 @@ def open_data(data_dir):
     """Read meta.json; shards without one are GPT-2 tokens. Raises UserError where it is damaged."""
     path = Path(data_dir) / "meta.json"
     if not os.path.exists(path):
-        shard_paths(data_dir)
+        shard_paths(data_dir)  # a UserError where there are none
         return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        data = Data(meta, Tokenizer(meta["tokenizer"]))
-        sum(meta.get("landmarks", {}).values())
+        meta, skills = json.loads(path.read_text(encoding="utf-8")), None
+        sum(meta.get("landmarks", {}).values())  # they are numbers
         if "skills" in meta:
-            data.skills = np.load(path.with_name("skills.npy"))
-        return data
+            skills = np.load(path.with_name("skills.npy"))
+        return Data(meta, Tokenizer(meta["tokenizer"]), skills)
     except Exception as error:
         raise UserError(f"{path} is damaged ({error}); {how_to_prepare(data_dir)}") from None
 
@@ -1131,7 +1250,9 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error
+        if isinstance(error, RuntimeError):
+            reason = error.__context__
         if not isinstance(reason, OSError):
             raise
         raise UserError(f"cannot write {path} ({reason.strerror}): make room or choose another "
@@ -1148,9 +1269,21 @@ def write_atomically(path, write):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def replace(source, target, tries=20):
+    """os.replace. On Windows it fails while another program, such as a virus scanner, reads the
+    target: so try again for two seconds."""
+    for _ in range(tries - 1):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(source, target)
 
 
 def write_text(path, text):
@@ -1183,13 +1316,14 @@ def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
 
 def converted_path(name):
     """Where prepare_data.py puts the weights of `name`, one of OpenAI's or a folder."""
-    name = f"openai-{name}" if name in OPENAI_NAMES else Path(name).resolve().name
-    return Path("out") / name / "best.pt"
+    if name in OPENAI_NAMES:
+        return Path("out") / f"openai-{name}" / "best.pt"
+    return Path("out") / Path(name).resolve().name / "best.pt"
 
 
-def load_checkpoint(path, hint="", edited=False):
-    """The dict in a checkpoint, its tensors still in the file; else a UserError. Only plain data
-    is unpickled, and shapes are checked before memory of their size is taken."""
+def read_checkpoint(path, hint=""):
+    """The dict in a checkpoint, its tensors still in the file. Only plain data is unpickled.
+    Raises UserError, with `hint`, for a file that is none."""
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
     if not os.path.isfile(path):
@@ -1199,117 +1333,157 @@ def load_checkpoint(path, hint="", edited=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if edited and found.get("code", model_code()) != model_code():
-            return found
-        with torch.device("meta"):  # shapes without memory
-            model = GPT(GPTConfig(**found["config"]))
-        ours, theirs = ({name: (t.shape, t.dtype) for name, t in weights.items()}
-                        for weights in (model.state_dict(), found["model"]))
-        V, spec = model.config.vocab_size, found["tokenizer"]
-        if ours != theirs or (spec and Tokenizer(spec).vocab_size != V):
-            raise ValueError("weights, tokenizer and model code do not fit")
-        if not all(tensor.isfinite().all() for tensor in found["model"].values()):
-            raise ValueError("weights are not finite")
-        found["settings"].keys()
+        config = GPTConfig(**found["config"])
+        check_ranges(config, vocab_size=(1, 2**24))
+        check_shape(config)
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
-            raise ValueError("step or loss")
+            raise ValueError("its step or loss is impossible")
+        found["model"].values(), found["settings"].values(), found["tokenizer"].values()
         return found
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        hint = f"{path} is not a valid checkpoint ({error!r:.150}) {hint}"
-        raise UserError(hint.strip()) from None
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        hint = f"({reason:.150}) {hint}".replace("\n", " ").strip()
+        raise UserError(f"{path} is not a valid checkpoint {hint}") from None
 
 
-def load_model(path, device="cpu", **changes):
-    """The model in a checkpoint, parts of its config changed, ready to generate text."""
-    found = load_checkpoint(path)
-    model = GPT(GPTConfig(**found["config"] | changes))
-    model.load_state_dict(found["model"])
-    model.tokenizer = Tokenizer(found["tokenizer"]) if found["tokenizer"] else None
+def check_weights(model, found, path, hint="", may_lack=False):
+    """Raise UserError unless a model, which may be on the device "meta" and take no memory, can
+    load a checkpoint's weights."""
+    ours, theirs = ({name: (tuple(t.shape), t.dtype, t.layout) for name, t in weights.items()}
+                    for weights in (model.state_dict(), found["model"]))
+    for name, _ in ours.items() ^ theirs.items():
+        if name in theirs or not may_lack:
+            raise UserError(f"{path} has other shapes than this model code: {name} is "
+                            f"{theirs.get(name)} there, {ours.get(name)} here {hint}".strip())
+    weights = found["model"].values()
+    if 4 * sum(tensor.numel() for tensor in weights) > os.path.getsize(path) or \
+            not all(tensor.isfinite().all() for tensor in weights):
+        raise UserError(f"{path} has missing or infinite weights {hint}".strip())
+
+
+def load_model(path, device="cpu", may_lack=False, **changes):
+    """The model in a checkpoint, parts of its config changed, ready to generate text. Weights that
+    the file may lack start anew: those that an edit has added."""
+    found = read_checkpoint(path)
+    if path in OPENAI_NAMES:
+        path = converted_path(path)
+    config = GPTConfig(**found["config"] | changes)
+    with torch.device("meta"):
+        check_weights(GPT(config), found, path, may_lack=may_lack)
+    model = GPT(config)
+    model.load_state_dict(found["model"], strict=not may_lack)
+    if found["tokenizer"]:
+        model.tokenizer = Tokenizer(found["tokenizer"])
+        if model.tokenizer.vocab_size != config.vocab_size:
+            raise UserError(f"{path} is not a valid checkpoint: its tokenizer has another size")
     model.starts_documents = found["settings"].get("rows") == "documents"
     model.is_edited = found.get("code", model_code()) != model_code()
     return model.to(device).eval()
 
 
+def optimizer_state(model, optimizer):
+    """{parameter's name: what the optimizer remembers of it}; nothing for one without gradients."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: state for p, state in optimizer.state.items()}
+
+
+def load_optimizer_state(model, optimizer, saved):
+    """The reverse. Raises ValueError for a state of other shapes."""
+    names = {p: name for name, p in model.named_parameters()}
+    learned = sum((group["params"] for group in optimizer.param_groups), [])
+    states = {}
+    for number, p in enumerate(learned):  # torch counts parameters, and so did older checkpoints
+        state = saved.get(names[p]) or saved.get(number) or {}
+        if any(value.shape not in ((), p.shape) for value in state.values()):
+            raise ValueError(f"the optimizer's state of {names[p]} has another shape")
+        if state:
+            states[number] = {name: value.clone() for name, value in state.items()}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
 def load_training_state(path, model, optimizer, scaler, tokenizer):
     """Resume from ckpt.pt; return (step, lowest validation loss)."""
-    found = load_checkpoint(path, start_over(path.parent))
+    hint = start_over(path.parent)
+    found = read_checkpoint(path, hint)
+    if found["tokenizer"] != tokenizer.spec:
+        raise UserError(f"{path} does not fit: the data has another tokenizer now; {hint}")
+    check_weights(model, found, path, hint)
+    model.load_state_dict(found["model"])
     try:
-        state = copy.deepcopy(found["optimizer"]["state"])
-        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            if not {t.shape for t in state[i].values()} - {()} == {p.shape}:
-                raise ValueError("the optimizer's state has other shapes")
-        if found["tokenizer"] != tokenizer.spec:
-            raise ValueError("the data has another tokenizer now")
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        load_optimizer_state(model, optimizer, found["optimizer"]["state"])
         if scaler.is_enabled():
             scaler.load_state_dict(found["optimizer"]["scaler"])
-        return found["step"], found["best_val_loss"]
-    except Exception as error:
-        raise UserError(f"{path} does not fit ({error!r:.99}); {start_over(path.parent)}") from None
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} does not fit ({error!r:.99}); {hint}") from None
+    return found["step"], found["best_val_loss"]
 
 
 # ---- Devices and processes ----
 
 
-class World:
+class Process:
     """This process among its siblings (torchrun starts one per GPU), its device and precision."""
 
     def __init__(self, s):
         self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_master = self.rank == 0  # the process that writes and prints
         self.device = pick_device(s.device, os.environ.get("LOCAL_RANK", "0"))
-        self.dtype = pick_dtype(s.dtype, self.device)
+        self.set_dtype(s.dtype)
         self.at_end = ExitStack()  # closed at the end
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for products in float32
         if s.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
-        if self.size > 1:
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.at_end.callback(dist.destroy_process_group)
 
-    def compute_as(self, s, earlier):
-        """Settle precision and threads; a run that resumes keeps its own."""
-        self.dtype = pick_dtype(earlier.get("dtype", s.dtype), self.device)
-        s.dtype = str(self.dtype).removeprefix("torch.")
-        if "threads" in earlier:  # of all processes together
-            self.at_end.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(max(1, earlier["threads"] // self.size))
+    def set_dtype(self, name):
+        self.dtype = pick_dtype(name, self.device)
+
+    def device_name(self):
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
 
     def autocast(self):
         single = self.dtype == torch.float32
         return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
-    def accumulating(self, model, more_to_come):
-        # DDP averages after the last micro-batch only
-        return model.no_sync() if self.size > 1 and more_to_come else nullcontext()
-
-    def reduce(self, tensor, largest=False):
-        if self.size > 1:
+    def reduce(self, tensor, operation=dist.ReduceOp.SUM):
+        """The sum over all processes, on each of them; or what another operation makes."""
+        if self.world_size > 1:
             tensor = tensor.to(self.device)
-            dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, operation)
         return tensor
+
+    def sum_gradients(self, model):
+        """Add up the processes' gradients, on each of them. All sums are under way at once."""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            for under_way in [dist.all_reduce(grad, async_op=True) for grad in gradients]:
+                under_way.wait()
+
+    def copy_from_master(self, model):
+        """The master's weights on each process: another machine may have rounded differently."""
+        if self.world_size > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
     def from_master(self, compute):
         """What compute() returns on the master, on every process; a UserError reaches all."""
-        box = [None, None]
+        answer = [None, ""]  # and the message of a UserError
         if self.is_master:
             try:
-                box[0] = compute()
+                answer[0] = compute()
             except UserError as error:
-                box[1] = str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        if box[1]:
-            raise UserError(box[1])
-        return box[0]
+                answer[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise UserError(answer[1])
+        return answer[0]
 
 
 def pick_device(name, local_rank=0):
@@ -1328,13 +1502,19 @@ def pick_device(name, local_rank=0):
 
 def pick_dtype(name, device):
     """bfloat16 where the hardware computes it, float16 on older CUDA cards, else float32."""
-    if name == "auto" and device.type == "cuda":
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if native else "float16"
-    elif name == "auto":
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        name = "bfloat16" if device.type == "cpu" and native else "float32"
-    return getattr(torch, name)
+        return torch.bfloat16 if native else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    if device.type == "cpu" and native():
+        return torch.bfloat16
+    return torch.float32
+
+
+def count_threads(process):
+    return torch.get_num_threads() * process.world_size
 
 
 def wait_for(device):
@@ -1342,20 +1522,20 @@ def wait_for(device):
         torch.accelerator.synchronize()
 
 
-def compiled_and_parallel(model, s, world):
-    """The model that takes the training steps."""
-    on_cuda = world.device.type == "cuda"
-    if s.compile_model is True or on_cuda and not s.deterministic and s.compile_model == "auto":
-        try:  # a missing compiler shows only when it is used
-            torch.compile(lambda x: x.exp().sum())(torch.zeros(8, device=world.device))
-            model = torch.compile(model)
-        except Exception as error:
-            print(f"warning: torch.compile does not work here ({type(error).__name__}); training "
-                  "goes on without it")
-    if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, [world.device.index] if on_cuda else None, gradient_as_bucket_view=True)
-    return model
+def compiled(model, s, process):
+    """The model that takes the training steps: compiled on CUDA, or where it is asked for."""
+    wanted = s.compile_model
+    if wanted == "auto":
+        wanted = process.device.type == "cuda" and not s.deterministic
+    if not wanted:
+        return model
+    try:  # a missing compiler shows only when it is used
+        torch.compile(lambda x: x.exp().sum())(torch.zeros(8, device=process.device))
+    except Exception as error:
+        print(f"warning: torch.compile does not work here ({type(error).__name__}); training goes "
+              "on without it")
+        return model
+    return torch.compile(model)
 
 
 def keep_memory():
@@ -1371,81 +1551,53 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or said is not None
 
 
-def mix(*numbers):
+def combined_seed(*numbers):
+    """One seed that depends on all the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 # ---- Building a model ----
 
 
-def build_model(s, data, world):
+def build_model(s, tokenizer, process):
     """A new model of the settings' shape, or the one in --init_from, on the device."""
-    tokenizer = data.tokenizer
     if s.init_from:
-        model = load_model(s.init_from, dropout=s.dropout, attention=s.attention)
-        own, V = model.tokenizer or tokenizer, model.config.vocab_size
-        if own.spec != tokenizer.spec or V != tokenizer.vocab_size:
+        model = load_model(s.init_from, may_lack=True, dropout=s.dropout, attention=s.attention)
+        own = model.tokenizer or tokenizer
+        if own.spec != tokenizer.spec or model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
     else:
         names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
         shape = {name: getattr(s, name) for name in names}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), s.init_std)
-    model.tokenizer, model.starts_documents = tokenizer, s.rows == "documents"
-    return model.to(world.device)
+    model.tokenizer = tokenizer
+    model.starts_documents = s.rows == "documents"
+    model = model.to(process.device)
+    process.copy_from_master(model)
+    return model
 
 
 def adopt_shape(s, given):
     """With --init_from, the shape is that of its weights; only the rows may be shorter."""
     if s.eval_only and not s.init_from:
         s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
-    if s.init_from:
-        config = load_checkpoint(s.init_from)["config"]
-        shape = ("n_layer", "n_head", "n_embd", "pos_encoding", "activation")
-        if other := [name for name in shape if given.get(name, config[name]) != config[name]]:
-            raise UserError(f"{s.init_from} has another {', '.join(other)}: leave that out")
-        s.block_size = min(given.get("block_size", math.inf), config["block_size"])
+    if not s.init_from:
+        return
+    config = read_checkpoint(s.init_from)["config"]
+    for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation"):
+        if name in given and given[name] != config.get(name):
+            raise UserError(f"{s.init_from} has another {name}: leave that out")
+    s.block_size = min(given.get("block_size", math.inf), config.get("block_size", 1024))
 
 
 def check_shape(c):
-    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd]
-    odd = c.pos_encoding == "sinusoidal" and c.n_embd % 2
-    if not all(type(size) is int and 0 < size <= 2**24 for size in sizes) or c.n_layer > 1024 \
-            or c.n_embd % c.n_head or odd or c.n_embd > 2**16 or not 0 <= c.dropout < 1:
-        raise UserError(f"impossible shape {c}: n_embd must be a multiple of n_head (and even with "
-                        "sinusoids), at most 65,536, n_layer at most 1,024")
-
-
-def sinusoids(block_size, n_embd, std):
-    """(block_size, n_embd): sines and cosines (Attention paper, section 3.5), scaled to the
-    size of the embeddings. At their own size of 1 they would drown embeddings of 0.02."""
-    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
-    i = torch.arange(0, n_embd, 2, dtype=torch.float32)  # (C/2,)
-    angle = position * 10_000 ** (-i / n_embd)  # (T, C/2)
-    table = torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # (T, C)
-    return std * math.sqrt(2) * table  # the rms of a sine is 1/sqrt(2)
-
-
-def dropped(x, p):
-    """Zero a share p of x; scale up the rest, so that sums keep their size."""
-    if not (p and x.is_cpu):
-        return F.dropout(x, p)
-    # F.dropout is slow; here 64 random bits serve for four numbers
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= int(2**16 * p) - 2**15
-    return x * (keep / (1 - p)).to(x.dtype)
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x):
-        return dropped(x, self.p) if self.training else x
-
-
-def unembed(x, weight):
-    """(B, T, C) states, (V, C) embedding -> (B, T, V) logits."""
-    if not (x.is_cuda and len(weight) % 64):
-        return F.linear(x, weight)
-    # Tensor cores want multiples of 64 (50,257 -> 50,304): add rows of zeros, then cut them
-    return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., :len(weight)]
+    """Raise UserError for a model that cannot be built; c: Settings, or a GPTConfig."""
+    check_ranges(c, block_size=(1, 2**24), n_layer=(1, 1024), n_head=(1, 2**16), n_embd=(1, 2**16),
+                 dropout=(0, 0.9999999))
+    if c.n_embd % c.n_head:
+        raise UserError(f"n_embd {c.n_embd} is not a multiple of n_head {c.n_head}")
+    if c.pos_encoding == "sinusoidal" and c.n_embd % 2:
+        raise UserError(f"n_embd {c.n_embd} is odd: sinusoids come in pairs")
 
 
 # ---- Evaluation ----
@@ -1460,99 +1612,84 @@ def token_losses(logits, targets):
     return nats.view(targets.shape).cpu()
 
 
-@contextmanager
-def evaluating(model):
-    """No dropout and no gradients inside the with block."""
-    was_training = model.training
-    with torch.no_grad():
-        yield model.eval()
-    model.train(was_training)
-
-
-def evaluate(model, loader, s, world, data):
+def evaluate(model, loader, s, process, data):
     """The loss on the validation rows, always the same ones, in nats per token, and its part above
-    the floor where that is known: {column of the log: value}. Any number of processes sums in the
-    same order."""
-    count = loader.rows_per_epoch
+    the floor where that is known: {column of the log: value}."""
+    count, size = loader.rows_per_epoch, max(1, 4096 // s.block_size)
     if s.eval_tokens is not None:
         count = min(count, max(1, s.eval_tokens // s.block_size))
-    has_floor = data.skills is not None and s.rows == "documents" \
-        and count == loader.rows_per_epoch and not loader.rows.has_long_documents
-    bounds = np.cumsum([0, *map(len, loader.shards)])  # where each shard begins
+    # The floor is that of the whole split. Its skills are in the order of the one shard's tokens
+    has_floor = (data.skills is not None and s.rows == "documents" and len(loader.shards) == 1
+                 and count == loader.rows_per_epoch)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    at_once = max(1, 4096 // s.block_size)
-    batches = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
-    sums = torch.zeros((len(batches), 2 + len(SKILLS)), dtype=torch.float64)
-    for i in range(world.rank, len(batches), world.size):
-        x, y = loader.batch(batches[i])
-        with evaluating(model), world.autocast():
-            logits, _ = model(x.to(world.device))
-        known = y != -1
-        nats, targets = token_losses(logits, y)[known].double(), y[known]  # (tokens,) by row
-        skill = np.zeros(len(targets), np.int64)
+    # Targets, their bytes of text, the nats of each skill. A line per batch: any number of
+    # processes adds up in the same order
+    sums = torch.zeros((math.ceil(count / size), 2 + len(SKILLS)), dtype=torch.float64)
+    for i in range(process.rank, len(sums), process.world_size):
+        x, y = loader.batch(range(i * size, min((i + 1) * size, count)))
+        with evaluating(model), process.autocast():
+            logits, _ = model(x.to(process.device))
+        targets = y[y != -1]  # (targets,), row after row
+        nats, skill = token_losses(logits, y)[y != -1].double(), torch.zeros_like(targets)
         if has_floor:
-            places = map(loader.rows.locate, batches[i])
-            skill = np.concatenate([data.skills[bounds[shard] + start + 1:][:length]
-                                    for shard, start, length in places])
-        by_skill = np.bincount(skill, nats, minlength=len(SKILLS))
-        sums[i] = torch.tensor([len(targets), token_bytes[targets].sum(), *by_skill])
-    tokens, size, *nats = world.reduce(sums).cpu().sum(dim=0).tolist()
+            _, start, _ = loader.row_index.locate(i * size)
+            skill += torch.from_numpy(data.skills[start + 1:][:len(targets)])
+        sums[i, 0], sums[i, 1] = len(targets), token_bytes[targets].sum()
+        sums[i, 2:] = torch.bincount(skill, nats, minlength=len(SKILLS))
+    tokens, text_bytes, *nats = process.reduce(sums).cpu().sum(dim=0).tolist()
+    bits = sum(nats) / math.log(2)
     found = {"val_loss": sum(nats) / tokens,
-             "val_bits_per_byte": sum(nats) / math.log(2) / size if size else math.nan}
+             "val_bits_per_byte": bits / text_bytes if text_bytes else math.nan}
     if has_floor:
         found["above_floor"] = found["val_loss"] - data.meta["entropy_floor"]
-        for skill, n in zip(SKILLS, nats, strict=True):
-            found[f"above_floor_{skill}"] = n / tokens - data.meta["skills"][skill]
+        for skill, its_nats in zip(SKILLS, nats, strict=True):
+            found[f"above_floor_{skill}"] = its_nats / tokens - data.meta["skills"][skill]
     return found
 
 
-def hellaswag(model, questions, world):
+def hellaswag(model, questions, process):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? A
     question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
     ending of the lowest loss, in total and per token."""
-    encode, block_size, device = model.tokenizer.encode, model.config.block_size, world.device
+    tokenizer, block_size = model.tokenizer, model.config.block_size
     losses = torch.zeros((len(questions), 4, 2))
-    for number in range(world.rank, len(questions), world.size):
+    for number in range(process.rank, len(questions), process.world_size):
         context, endings, _ = questions[number]
-        endings = [encode(ending)[:block_size] for ending in endings]
-        y = nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings],
-                                      batch_first=True, padding_value=-1)  # (4, longest)
-        room = block_size + 1 - y.size(1)
-        context = torch.tensor([(encode(context) or model.tokenizer.document_start)[-room:]])
-        # The context's last token predicts the ending's first
-        x = torch.cat((context[:, -1:].expand(4, 1), y[:, :-1].clamp(min=0)), dim=1)
-        cache = KVCache(context.size(1) + y.size(1))
-        with evaluating(model), world.autocast():
-            if context.size(1) > 1:
-                # The context is read once, then its endings from the cache, as one batch
-                model(context[:, :-1].to(device), cache=cache)
-                cache.store = {layer: [t.repeat(4, 1, 1, 1) for t in kv]
-                               for layer, kv in cache.store.items()}
-            logits, _ = model(x.to(device), y.to(device), cache)  # (4, longest, V)
+        endings = [tokenizer.encode(ending)[:block_size] for ending in endings]
+        context = tokenizer.encode(context) or tokenizer.document_start
+        context = context[-(block_size + 1 - max(map(len, endings))):]  # what fits before them
+        rows = [torch.tensor(context + ending) for ending in endings]
+        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (4, T + 1)
+        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:].clone()
+        y[:, :len(context) - 1] = -1  # only the endings count
+        with evaluating(model), process.autocast():
+            logits, _ = model(x.to(process.device))  # (4, T, V)
         nats = token_losses(logits, y).sum(dim=1)  # (4,)
         losses[number] = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
-    return world.reduce(losses).argmin(dim=1).cpu()
+    return process.reduce(losses).argmin(dim=1).cpu()
 
 
 def read_questions():
+    """[(context, [endings], number of the right one), ...]; [] where HellaSwag is not prepared."""
     if not HELLASWAG.exists():
         return []
     try:
-        rows = map(json.loads, HELLASWAG.read_text(encoding="utf-8").splitlines())
-        return [(row["ctx"], [" " + row["endings"][i] for i in range(4)], int(row["label"]))
-                for row in rows]
-    except Exception as error:
-        raise UserError(f"{HELLASWAG} is damaged ({error}): prepare it again") from None
+        lines = [json.loads(line) for line in HELLASWAG.read_text(encoding="utf-8").splitlines()]
+        return [(line["ctx"], [" " + line["endings"][i] for i in range(4)], int(line["label"]))
+                for line in lines]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{HELLASWAG} is damaged ({error!r}): prepare it again") from None
 
 
-def hellaswag_scores(model, world):
+def hellaswag_scores(model, process):
     """Columns of the log: the share of right choices, by total loss and by loss per token."""
-    is_gpt2 = model.tokenizer.spec["kind"] == "gpt2"
-    questions = world.from_master(read_questions) if is_gpt2 else []
+    if model.tokenizer.spec["kind"] != "gpt2":
+        return {}
+    questions = process.from_master(read_questions)
     if not questions:
         return {}
     right = torch.tensor([[label] for _, _, label in questions])
-    acc, acc_norm = (hellaswag(model, questions, world) == right).double().mean(dim=0).tolist()
+    acc, acc_norm = (hellaswag(model, questions, process) == right).double().mean(dim=0).tolist()
     return {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm}
 
 
@@ -1561,32 +1698,33 @@ def in_words(found):
     if "val_loss" in found:
         text = "{val_loss:.4f}, {val_bits_per_byte:.3f} bits per byte"
     if "above_floor" in found:
-        above = 100 * found["above_floor"] / (found["val_loss"] - found["above_floor"])
+        above = found["above_floor"] / (found["val_loss"] - found["above_floor"])
         parts = ", ".join(f"{skill} {{above_floor_{skill}:.3f}}" for skill in SKILLS)
-        text += f", {above:,.1f} % above the floor ({parts})"
+        text += f", {100 * above:,.1f} % above the floor ({parts})"
     if "hellaswag_acc" in found:
         text += " HellaSwag acc {hellaswag_acc:.2%}, acc_norm {hellaswag_acc_norm:.2%}"
     return text.format(**found).strip()
 
 
-def report_evaluation(s, world):
+def report_evaluation(s, process):
     data = open_data(s.data_dir)
-    model = build_model(s, data, world)
-    found = evaluate(model, open_rows(s, data, "val", None), s, world, data)
-    found |= hellaswag_scores(model, world)
-    if world.is_master:
+    model = build_model(s, data.tokenizer, process)
+    found = evaluate(model, open_rows(s, data, "val", None), s, process, data)
+    found |= hellaswag_scores(model, process)
+    if process.is_master:
         print(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
     return 0
 
 
-def matmul_speed(world, n=2048):
+def matmul_speed(process, n=2048):
     """FLOP/s of a device in an n x n x n product: the mean of ten in a row."""
-    a, b = (torch.randn(n, n, device=world.device, dtype=world.dtype) for _ in range(2))
-    for count in (2, 10):
+    a = torch.randn(n, n, device=process.device, dtype=process.dtype)
+    b = torch.randn(n, n, device=process.device, dtype=process.dtype)
+    for count in (2, 10):  # the first two warm up
         began = time.perf_counter()
         for _ in range(count):
             a @ b
-        wait_for(world.device)
+        wait_for(process.device)
     return 2 * n**3 * count / (time.perf_counter() - began)
 
 
@@ -1631,60 +1769,91 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
+# What other programs call some settings
+OTHER_NAMES = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "warmup_steps",
+               "eval_iters": "eval_tokens", "eval_interval": "eval_every",
+               "log_interval": "log_every", "compile": "compile_model",
+               "gradient_accumulation_steps": "grad_accum_steps"}
+
+
 def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
-    """(settings, {name: value} given): defaults, then the preset, then the command line. The
-    comments of the class are the help. A word without dashes sets the setting `bare`."""
-    table = ["presets:"] * bool(presets)
-    for name, changes in (presets or {}).items():
-        s = cls(**changes)
-        table.append(f"  {name:<17}{s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide, context "
-                     f"{s.block_size}, {s.max_steps:,} steps, {s.data_dir}")
-    parser = Parser(
-        usage="%(prog)s [--name=value ...]", description=doc, epilog="\n".join(table),
-        allow_abbrev=False, formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100))
-    kinds, pattern = typing.get_type_hints(cls), r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$"
-    special, group = {"true": True, "false": False, "none": None}, parser
-    for heading, name, comment in re.findall(pattern, inspect.getsource(cls), re.M):
-        if heading:
-            group = parser.add_argument_group(heading)
-            continue
-        kind, options = kinds[name], typing.get_args(kinds[name])
-        if kind is bool or typing.get_origin(kind) is Literal:
-            how = dict(type=lambda text: special.get(text.lower(), text),
-                       choices=options or (True, False))
-        else:  # str, int, float, or one of these and None
-            kind = options[0] if options else kind
-            how = dict(type=os.path.expanduser if kind is str else functools.partial(number, kind))
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=str(getattr(cls, name)),
-                           help=comment.replace("%", "%%"), **how)
+    """(settings, {name: value} given): defaults, then the preset, then the command line. Words
+    without dashes set the setting `bare`. In the source of cls, the comment behind a setting is
+    its help, and a comment on a line of its own heads a group."""
+    parser = Parser(usage="%(prog)s [--name=value ...]", description=doc, allow_abbrev=False,
+                    epilog="presets: " + ", ".join(presets) if presets else "",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = typing.get_type_hints(cls)
+    group = parser
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.partition("# ")
+        name = code.partition(":")[0].strip()
+        if name in kinds:
+            add_option(group, name, kinds[name], getattr(cls, name), comment)
+        elif comment:
+            group = parser.add_argument_group(comment)
     if bare:
-        parser.add_argument("bare", nargs="?", metavar=bare, help=argparse.SUPPRESS)
-    words = list(sys.argv[1:] if argv is None else argv)
-    for i, word in enumerate(words):  # a bare flag means True, whatever follows
-        follows = [*words, ""][i + 1].lower()
-        if kinds.get(word[2:]) is bool and follows not in ("true", "false"):
-            words[i] = f"{word}=True"
-    found, unknown = parser.parse_known_args(words)
+        parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    found, unknown = parser.parse_known_args(argv)
     given = vars(found)
-    if (text := given.pop("bare", None)) is not None:
-        given.setdefault(bare, text)
+    words = given.pop("words", [])
     for word in unknown:
-        name = word.partition("=")[0].strip("-").replace("iters", "steps")  # as in nanoGPT
-        near = difflib.get_close_matches(name.replace("interval", "every"), kinds, 1, 0.5)
-        hint = f"did you mean --{near[0]}?" if near and word.startswith("-") else "see --help"
-        raise UserError(f"{word!r} is not a setting; {hint}")
-    preset = given.get("preset", getattr(cls, "preset", None))
-    if presets and preset not in presets:
-        raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
-    return cls(**(presets[preset] if presets else {}) | given), given
+        raise UserError(f"{word!r} is not a setting; {nearest(word, kinds)}")
+    if len(words) > 1 and kinds[bare] is str:
+        raise UserError(f"{bare} has several words: put it in quotes")
+    if words:
+        given.setdefault(bare, words if len(words) > 1 else words[0])
+    changes = {}
+    if presets:
+        preset = given.get("preset", cls.preset)
+        if preset not in presets:
+            raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
+        changes = presets[preset]
+    return cls(**changes | given), given
 
 
-def number(kind, text):
-    try:
-        return None if text.lower() == "none" else kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
+def add_option(group, name, kind, default, comment):
+    """Add a setting to the parser, by the kind of its value."""
+    comment = comment.replace("%", "%%")
+    common = {"default": argparse.SUPPRESS, "help": comment}
+    if kind is bool:
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **common)
+        return
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        common["choices"] = parts
+        convert = parse_choice
+    elif kind is str or str in parts:
+        convert = str
+    else:
+        is_optional = type(None) in parts
+        convert = functools.partial(parse_number, parts[0] if parts else kind, is_optional)
+    group.add_argument(f"--{name}", type=convert, metavar=str(default), **common)
+
+
+def parse_choice(text):
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def parse_number(kind, is_optional, text):
+    """int or float; also None where the setting may be none. 1e3 and 1_000 are ints."""
+    if is_optional and text.lower() == "none":
+        return None
+    with suppress(ValueError):
+        return kind(text)
+    with suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}")
+
+
+def nearest(word, names):
+    """A hint at the setting that was meant."""
+    name = word.partition("=")[0].strip("-")
+    near = difflib.get_close_matches(OTHER_NAMES.get(name, name), names, 1, 0.5)
+    if near and word.startswith("-"):
+        return f"did you mean --{near[0]}?"
+    return "see --help"
 
 
 def check_ranges(s, **ranges):
@@ -1697,49 +1866,56 @@ def check_ranges(s, **ranges):
 def check_settings(s):
     """Raise UserError for a value out of range; fill in total_batch_size."""
     for name, kind in typing.get_type_hints(Settings).items():
-        if kind in (float, float | None):
-            check_ranges(s, **{name: (0, 1e9)})
+        if kind in (float, float | None) or name in ("seed", "warmup_steps"):
+            check_ranges(s, **{name: (0, 2**53)})
         elif kind in (int, int | None):
-            check_ranges(s, **{name: (name not in ("seed", "warmup_steps"), 2**53)})
-    share = (0, 0.9999999)
-    check_ranges(s, batch_size=(1, 2**20), block_size=(1, 2**24), min_lr=(0, s.learning_rate),
-                 init_std=(1e-9, 1e9), beta1=share, beta2=share, dropout=share)
+            check_ranges(s, **{name: (1, 2**53)})
+    below_1 = (0, 0.9999999)
+    check_ranges(s, min_lr=(0, s.learning_rate), init_std=(1e-9, 1e9), beta1=below_1, beta2=below_1)
+    check_shape(s)
     if s.grad_accum_steps or not s.total_batch_size:
         s.total_batch_size = s.batch_size * s.block_size * (s.grad_accum_steps or 1)
     check_ranges(s, total_batch_size=(1, 2**27))
 
 
 def prepare_stories(s):
-    if s.data_dir == Settings.data_dir and not (Path(s.data_dir) / "meta.json").exists():
-        script = Path(__file__).with_name("prepare_data.py")
-        if subprocess.run([sys.executable, script]).returncode:
-            raise UserError("prepare_data.py failed; its message is above")
+    """The default data set makes itself."""
+    if s.data_dir != Settings.data_dir or (Path(s.data_dir) / "meta.json").exists():
+        return
+    script = Path(__file__).with_name("prepare_data.py")
+    if subprocess.run([sys.executable, script]).returncode:
+        raise UserError("prepare_data.py failed; its message is above")
 
 
 @reports_mistakes
 def main(argv=None):
     s, given = parse_settings(Settings, argv, __doc__, PRESETS)
+    for name in ("data_dir", "out_dir", "init_from"):
+        setattr(s, name, os.path.expanduser(getattr(s, name)))
     adopt_shape(s, given)
     check_settings(s)
     keep_memory()
-    world = World(s)
+    process = Process(s)
     try:
-        if world.is_master and (changes := PRESETS[s.preset] | given):
+        changes = PRESETS[s.preset] | given
+        if process.is_master and changes:
             print(f"preset and options change the constants at the top: {changes}")
-        world.from_master(lambda: prepare_stories(s))
-        return report_evaluation(s, world) if s.eval_only else train(s, world)
+        process.from_master(lambda: prepare_stories(s))
+        if s.eval_only:
+            return report_evaluation(s, process)
+        return train(s, process)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
-            print(f"error: process {world.rank} lost another one; the same command resumes",
+            print(f"error: process {process.rank} lost another one; the same command resumes",
                   file=sys.stderr)
             os._exit(1)  # a regular end may wait for the other one
         if not is_out_of_memory(error):
             raise
         steps = max(1, s.total_batch_size // (s.batch_size * s.block_size))
-        raise UserError(f"{world.device} is out of memory: halve --batch_size ({s.batch_size}) and "
-                        f"double --grad_accum_steps ({steps})") from None
+        raise UserError(f"{process.device} is out of memory: halve --batch_size ({s.batch_size}) "
+                        f"and double --grad_accum_steps ({steps})") from None
     finally:
-        world.at_end.close()
+        process.at_end.close()
 
 
 if __name__ == "__main__":

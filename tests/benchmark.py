@@ -42,12 +42,12 @@ class Settings:
     tokenizers: str = ""  # a text file: compare the tokenizers that learn from it, nothing else
 
 
-def speed(world, count, function):
+def speed(process, count, function):
     """A function that calls another one, and returns how many of `count` things a second it did."""
     def measure():
         began = time.perf_counter()
         function()
-        train_gpt2.wait_for(world.device)
+        train_gpt2.wait_for(process.device)
         return count / (time.perf_counter() - began)
     return measure
 
@@ -55,25 +55,25 @@ def speed(world, count, function):
 # ---- Training ----
 
 
-def training(world, model, optimizer, rows, block_size):
+def training(process, model, optimizer, rows, block_size):
     """Tokens per second of a step. Here and in nanoGPT, model(x, y) returns (logits, loss)."""
-    called = train_gpt2.compiled_and_parallel(model.train(), train_gpt2.Settings(), world)
-    x = torch.randint(65, (rows, block_size), device=world.device)
+    called = train_gpt2.compiled(model.train(), train_gpt2.Settings(), process)
+    x = torch.randint(65, (rows, block_size), device=process.device)
 
     def step():
-        with world.autocast():
+        with process.autocast():
             _, loss = called(x, x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return speed(world, x.numel(), step)
+    return speed(process, x.numel(), step)
 
 
-def ours(world, rows, **shape):
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).to(world.device)
-    optimizer = train_gpt2.make_optimizer(model, train_gpt2.Settings(), world.device)
-    return training(world, model, optimizer, rows, shape["block_size"])
+def ours(process, rows, **shape):
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).to(process.device)
+    optimizer = train_gpt2.make_optimizer(model, train_gpt2.Settings(), process.device)
+    return training(process, model, optimizer, rows, shape["block_size"])
 
 
 def nanogpt(folder, device, rows, **shape):
@@ -81,10 +81,10 @@ def nanogpt(folder, device, rows, **shape):
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig
     dtype = "float32" if device.type == "cpu" else "auto"
-    world = train_gpt2.World(train_gpt2.Settings(device=str(device), dtype=dtype))
+    process = train_gpt2.Process(train_gpt2.Settings(device=str(device), dtype=dtype))
     model = GPT(GPTConfig(**dict(vocab_size=50304, bias=False, dropout=0.0) | shape)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    return training(world, model, optimizer, rows, shape["block_size"])
+    return training(process, model, optimizer, rows, shape["block_size"])
 
 
 def script(*argv, folder="."):
@@ -109,21 +109,21 @@ def beside_a_busy_core(function):
 # ---- Sampling and preparation ----
 
 
-def sampling(world, dtype, texts, new_tokens=128):
+def sampling(process, dtype, texts, new_tokens=128):
     """Tokens per second of GPT-2 124M behind 16 tokens, and of transformers' GPT-2."""
-    idx = torch.randint(50257, (texts, 16), device=world.device)
-    model = train_gpt2.GPT(train_gpt2.GPTConfig()).eval().to(world.device, dtype)
+    idx = torch.randint(50257, (texts, 16), device=process.device)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig()).eval().to(process.device, dtype)
     count, theirs = texts * new_tokens, None
     if importlib.util.find_spec("transformers"):
         from transformers import GPT2Config, GPT2LMHeadModel
-        peer = GPT2LMHeadModel(GPT2Config()).eval().to(world.device, dtype)
+        peer = GPT2LMHeadModel(GPT2Config()).eval().to(process.device, dtype)
         options = dict(attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
                        min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
-        theirs = speed(world, count, lambda: peer.generate(idx, **options))
-    return speed(world, count, lambda: model.generate(idx, new_tokens)), theirs
+        theirs = speed(process, count, lambda: peer.generate(idx, **options))
+    return speed(process, count, lambda: model.generate(idx, new_tokens)), theirs
 
 
-def preparing(world, text):
+def preparing(process, text):
     """Tokens per second of prepare_data.py with GPT-2's vocabulary, and of tiktoken by itself."""
     encoding = train_gpt2.Tokenizer({"kind": "gpt2"}).encoding
     pieces = [text[i:i + 2**20] for i in range(0, len(text), 2**20)]
@@ -137,38 +137,38 @@ def preparing(world, text):
             Path(folder, "text.txt").write_text(text, encoding="utf-8")
             prepare_data.main([f"{folder}/text.txt", "--tokenizer=gpt2", f"--out_dir={folder}/out"])
     count = sum(map(len, alone()))
-    return speed(world, count, prepared), speed(world, count, alone)
+    return speed(process, count, prepared), speed(process, count, alone)
 
 
 # ---- The table ----
 
 
-def table(s, world):
+def table(s, process):
     """(name, a function that returns a measurement of us and one of a peer, or None)"""
-    rows, T = (32, 1024) if world.device.type == "cuda" else (4, 256)
+    rows, T = (32, 1024) if process.device.type == "cuda" else (4, 256)
     gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=T)
     chars = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
     out, peer, recipe = tempfile.mkdtemp(), lambda *_, **__: None, None
-    ours_at, *rest = str(ROOT / "train_gpt2.py"), f"--device={world.device}", "--overwrite=True"
+    ours_at, *rest = str(ROOT / "train_gpt2.py"), f"--device={process.device}", "--overwrite"
     run = script(ours_at, *rest, f"--out_dir={out}/stories")
     shakespeare = script(ours_at, *rest, f"--out_dir={out}/plays", "--preset=shakespeare_cpu")
     if s.nanogpt:
-        peer = partial(nanogpt, s.nanogpt, world.device)
+        peer = partial(nanogpt, s.nanogpt, process.device)
         readme = Path(s.nanogpt, "README.md").read_text(encoding="utf-8")
         recipe = re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
         recipe = script(*recipe, f"--out_dir={out}/nanogpt", folder=s.nanogpt)
     yield "default run, seconds; beside a busy core", lambda: (run, beside_a_busy_core(run))
     yield f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT", lambda: (
-        ours(world, rows, **gpt2), peer(rows, **gpt2))
+        ours(process, rows, **gpt2), peer(rows, **gpt2))
     yield "shakespeare_cpu, seconds; nanoGPT", lambda: (shakespeare, recipe)
     yield "shakespeare_char, 64 x 256, tokens/s; nanoGPT", lambda: (
-        ours(world, 64, **chars), peer(64, **chars))
+        ours(process, 64, **chars), peer(64, **chars))
     for texts in (1, 16):
         for dtype in (torch.float32, torch.bfloat16):
             yield f"sampling GPT-2 124M, {texts} at once, {dtype}, tokens/s; transformers", partial(
-                sampling, world, dtype, texts)
+                sampling, process, dtype, texts)
     stories = "".join(text for story in prepare_data.write_stories(seed=1) for text, _, _ in story)
-    yield "preparation, tokens/s; tiktoken alone", partial(preparing, world, stories * 8)
+    yield "preparation, tokens/s; tiktoken alone", partial(preparing, process, stories * 8)
 
 
 def in_turns(turns, measures):
@@ -236,12 +236,12 @@ def main(argv=None):
         compare_tokenizers(s.tokenizers)
         return 0
     train_gpt2.keep_memory()
-    world = train_gpt2.World(train_gpt2.Settings(device=s.device))
-    peak = train_gpt2.matmul_speed(world)
-    print(f"{processor()}, {torch.get_num_threads()} threads; {world.device} in {world.dtype}: "
+    process = train_gpt2.Process(train_gpt2.Settings(device=s.device))
+    peak = train_gpt2.matmul_speed(process)
+    print(f"{processor()}, {torch.get_num_threads()} threads; {process.device} in {process.dtype}: "
           f"{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}")
     print("| measured | this | peer | ratio |\n| --- | --- | --- | --- |")
-    for name, make in table(s, world):
+    for name, make in table(s, process):
         if s.only in name:
             us, *peer = in_turns(s.turns, make())
             theirs = f"{peer[0]:,.4g} | {us / peer[0]:.2f}" if peer else "not at hand |"

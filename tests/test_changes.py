@@ -10,7 +10,7 @@ from test_sampling import check_cache
 from test_training import losses
 
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, Settings, World
+from train_gpt2 import GPT, GPTConfig, Settings, Process
 
 
 def use_silu(patch):
@@ -54,17 +54,17 @@ def test_everything_uses_the_changed_model(change, stories, monkeypatch):
     # Validation, in both dtypes
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-3)):
         s = Settings(data_dir=stories, eval_tokens=20 * T, device="cpu", dtype=dtype)
-        loader, world = train_gpt2.open_rows(s, data, "val", None), World(s)
-        with world.autocast():
+        loader, process = train_gpt2.open_rows(s, data, "val", None), Process(s)
+        with process.autocast():
             expected = model(*loader.batch(range(20)))[1].item()
-        found = train_gpt2.evaluate(model, loader, s, world, data)
+        found = train_gpt2.evaluate(model, loader, s, process, data)
         assert found["val_loss"] == pytest.approx(expected, abs=tolerance)
 
     # HellaSwag
     endings = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
     contexts = ["Once there was a girl", "Ben", "Every night Mia dreamed of a map. Poor Mia"]
-    world = World(Settings(device="cpu", dtype="float32"))
-    chosen = train_gpt2.hellaswag(model, [(each, endings, 0) for each in contexts], world)
+    process = Process(Settings(device="cpu", dtype="float32"))
+    chosen = train_gpt2.hellaswag(model, [(each, endings, 0) for each in contexts], process)
     for context, choices in zip(map(encode, contexts), chosen.tolist(), strict=True):
         nats = []
         for ending in map(encode, endings):
@@ -100,17 +100,19 @@ def test_a_checkpoint_of_older_code(trained, capsys):
     assert "continuing out/run from step 3" in capsys.readouterr().out
 
 
-def test_a_resumed_run_keeps_its_dtype_and_threads(trained, monkeypatch):
+def test_a_resumed_run_keeps_its_dtype_but_not_its_threads(trained, monkeypatch, capsys):
+    """Their number is the environment's; a remark says that rounding may differ."""
     threads, seen, original = torch.get_num_threads(), [], train_gpt2.Run.log_step
     torch.set_num_threads(threads + 1)
-    for folder, step in (("kept", 2), ("whole", 99)):
-        stopped(step, [*RUN, f"--out_dir=out/{folder}", "--dtype=bfloat16"])
+    stopped(2, [*RUN, "--out_dir=out/kept", "--dtype=bfloat16"])
     torch.set_num_threads(threads)
 
     def watch(run, *args):
-        seen.append((run.world.dtype, torch.get_num_threads()))
+        seen.append((run.process.dtype, torch.get_num_threads()))
         original(run, *args)
     monkeypatch.setattr(train_gpt2.Run, "log_step", watch)
+    capsys.readouterr()
     assert train_gpt2.main([*RUN, "--out_dir=out/kept"]) == 0  # --dtype=auto
-    assert seen == [(torch.bfloat16, threads + 1)] * 3 and torch.get_num_threads() == threads
-    assert losses(trained / "out" / "kept") == losses(trained / "out" / "whole")
+    assert seen == [(torch.bfloat16, threads)] * 3
+    output = capsys.readouterr().out
+    assert f"it ran with {threads + 1} threads and goes on with {threads}" in output

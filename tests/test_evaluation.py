@@ -14,7 +14,7 @@ from test_model import arrays, to_transformers
 
 import prepare_data
 import train_gpt2
-from train_gpt2 import Settings, World, evaluate, hellaswag, open_data, open_rows
+from train_gpt2 import Settings, Process, evaluate, hellaswag, open_data, open_rows
 
 
 def small_model(tokenizer, **changes):
@@ -25,7 +25,7 @@ def small_model(tokenizer, **changes):
 def evaluated(folder, model, **settings):
     data, s = open_data(folder), Settings(
         data_dir=str(folder), device="cpu", dtype="float32", **settings)
-    return evaluate(model, open_rows(s, data, "val", None), s, World(s), data)
+    return evaluate(model, open_rows(s, data, "val", None), s, Process(s), data)
 
 
 def val_tokens(folder):
@@ -88,7 +88,7 @@ def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vo
     questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # one token
     model = small_model(gpt2_vocabulary, block_size=block_size)
     theirs, encode, T = to_transformers(model), gpt2_vocabulary.encode, block_size
-    chosen = hellaswag(model, questions, World(Settings(device="cpu", dtype="float32")))
+    chosen = hellaswag(model, questions, Process(Settings(device="cpu", dtype="float32")))
     for (context, endings, _), choices in zip(questions, chosen.tolist(), strict=True):
         endings = [encode(ending)[:T] for ending in endings]
         context, losses = encode(context)[-(T + 1 - max(map(len, endings))):], []

@@ -93,7 +93,7 @@ def test_presets_run_on_any_number_of_processes():
         s = Settings(**preset)
         train_gpt2.check_settings(s)
         for size in (1, 2, 4, 8):
-            rows, at_once = train_gpt2.plan_batch(s, SimpleNamespace(size=size))
+            rows, at_once = train_gpt2.plan_batch(s, SimpleNamespace(world_size=size))
             assert rows == s.total_batch_size // s.block_size
             assert at_once <= s.batch_size and rows // size % at_once == 0
 

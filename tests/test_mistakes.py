@@ -151,7 +151,7 @@ def test_damaged_files(message, damage, what, trained, capsys):
 
 def refused(capsys):
     """Nothing resumes, samples or starts from it; a way out is named."""
-    harmless(train_gpt2, RUN, f"{CKPT} ... --out_dir={CKPT.parent} --overwrite=True", capsys)
+    harmless(train_gpt2, RUN, f"{CKPT} ... --out_dir={CKPT.parent} --overwrite", capsys)
     harmless(sample, [f"--checkpoint={CKPT}"], f"{CKPT}", capsys)
     harmless(train_gpt2, [*RUN, "--out_dir=out/new", f"--init_from={CKPT}"], f"{CKPT}", capsys)
 
@@ -203,8 +203,8 @@ def test_a_checkpoint_that_does_not_fit(change, trained, capsys):
     lambda c: c["optimizer"]["state"].pop(0), put(3, "optimizer", "state", 0, "step")])
 def test_an_optimizer_that_does_not_fit(change, trained, capsys):
     change_checkpoint(change)
-    harmless(train_gpt2, RUN, "does not fit ... --overwrite=True", capsys)
-    assert train_gpt2.main([*RUN, "--overwrite=True"]) == 0
+    harmless(train_gpt2, RUN, "does not fit ... --overwrite", capsys)
+    assert train_gpt2.main([*RUN, "--overwrite"]) == 0
 
 
 def bombs():

@@ -183,7 +183,7 @@ def test_a_full_disk(tiny_run, tmp_path, capsys):
         argv = [*tiny_run, f"--out_dir={disk / 'run'}"]
         line = fails(train_gpt2.main, argv, capsys)
         assert "No space left on device" in line and "make room" in line
-        step = train_gpt2.load_checkpoint(disk / "run" / "ckpt.pt")["step"]
+        step = train_gpt2.read_checkpoint(disk / "run" / "ckpt.pt")["step"]
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         assert train_gpt2.main(argv) == 0
         assert f"from step {step}" in capsys.readouterr().out
@@ -245,14 +245,14 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
     argv = [*tiny_run, "--dtype=float16", "--max_steps=12", "--eval_tokens=200",
             "--grad_accum_steps=1"]
     train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
-    state = train_gpt2.load_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
+    state = train_gpt2.read_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
     skipped = 12 - int(state["state"][0]["step"])
     assert 2 < skipped < 12 and state["scaler"]["scale"] == 2.0**25 / 2**skipped
     stopped(3, argv)
     train_gpt2.main(argv)
     same_bytes(tmp_path / "whole", tmp_path / "run")
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
-    resumed = train_gpt2.load_checkpoint(tmp_path / "run" / "ckpt.pt")["optimizer"]
+    resumed = train_gpt2.read_checkpoint(tmp_path / "run" / "ckpt.pt")["optimizer"]
     assert resumed["scaler"] == state["scaler"]
 
 
