@@ -14,7 +14,6 @@ import csv
 import ctypes
 import difflib
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -59,6 +58,8 @@ class Settings:
     out_dir: str = ""  # the run's folder; empty: out/<preset>
     init_from: str = ""  # weights to start from: a checkpoint, or gpt2
     overwrite: bool = False  # start over in out_dir, whatever it holds
+    resume: Literal["auto", "always"] = "auto"  # always: go on, with other settings or code too
+    compare: str = ""  # the folder of a run to compare with; empty: the first of this name
     seed: int = 1  # of initial weights, data order and dropout
     # the machine
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps
@@ -89,10 +90,11 @@ class Settings:
     n_embd: int = 96  # width: the embedding dimension
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
     activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
-    init_std: float = 0.08  # standard deviation of initial weights; narrow models need more
+    tie_weights: bool = True  # the token embedding is the output matrix too
+    init_std: float | None = 0.08  # of initial weights; narrow models need more; None: by n_embd
     # what is measured, and how often (in steps)
     eval_only: bool = False  # measure init_from, or out_dir's best.pt; no training
-    eval_every: int = 100  # validation loss, picture and report
+    eval_every: int = 30  # validation loss, picture and report
     eval_tokens: int | None = None  # validation tokens per evaluation; None: all of them
     sample_every: int = 200  # a text; HellaSwag, a multiple-choice test, if prepared
     checkpoint_every: int = 300  # a kill loses at most these steps
@@ -126,8 +128,13 @@ PRESETS = {
         checkpoint_every=2500, log_every=100),
     "gpt2_nano": _OFTEN | dict(  # 32,768 tokens a step, 3.3 epochs of 99 million tokens
         data_dir="data/fineweb_edu_bpe", rows="stream", n_layer=12, n_head=8, n_embd=512,
-        block_size=1024, pos_encoding="sinusoidal", activation="relu", batch_size=32,
-        max_steps=10_000, warmup_steps=200, learning_rate=3e-4, eval_tokens=1_048_576),
+        block_size=1024, pos_encoding="sinusoidal", activation="relu", tie_weights=False,
+        init_std=None, batch_size=32, max_steps=10_000, warmup_steps=200, learning_rate=3e-4,
+        eval_tokens=1_048_576),
+    "finetune": dict(  # of weights that learned much already: small steps, and few
+        rows="stream", block_size=256, batch_size=4, max_steps=200, warmup_steps=20,
+        learning_rate=3e-5, dropout=0.1, eval_every=20, sample_every=100, checkpoint_every=100,
+        log_every=10, eval_tokens=65_536),
     "gpt2_mini": _OFTEN | dict(  # 65,536 tokens * 7,629 steps = 0.5 billion
         data_dir="data/fineweb_edu", rows="stream", n_layer=6, n_head=6, n_embd=384,
         block_size=1024, total_batch_size=65_536, max_steps=7629, warmup_steps=200,
@@ -160,6 +167,7 @@ class GPTConfig:
     pos_encoding: str = "learned"
     activation: str = "gelu"
     attention: str = "flash"
+    tie_weights: bool = True
 
 
 def kernel_is_slow(q):
@@ -282,10 +290,17 @@ class GPT(nn.Module):
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.n_embd),  # GPT-2 paper, section 2.3
         })
-        self.initialize(init_std)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initialize(init_std or 1 / math.sqrt(3 * config.n_embd))
 
     def initialize(self, init_std):
-        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1)."""
+        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). With torch's own
+        1 / sqrt(3 C), the size of a product does not depend on the width."""
+        # A tied embedding is small, as the output matrix that it also is, and a table of sines is
+        # scaled to it, which would drown it. One of its own can have size 1, as the sines have
+        tied = self.config.tie_weights
+        embedding_std = init_std if tied else 1.0
         # Each block's two c_proj add to the residual stream. They start divided by the root of
         # 2 * n_layer, the number of additions: a deeper model's stream starts no larger (GPT-2
         # paper, section 2.3)
@@ -295,12 +310,14 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=residual_std)
+            elif name.endswith(("wte.weight", "wpe.weight")):
+                nn.init.normal_(p, std=embedding_std)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=init_std)
         if self.config.pos_encoding == "sinusoidal":
-            # A sine's root mean square is 1 / sqrt(2). Scaled to that of the embeddings, for at
-            # their own size sines would drown embeddings of 0.02
-            table = init_std * math.sqrt(2) * sinusoids(self.config.block_size, self.config.n_embd)
+            table = sinusoids(self.config.block_size, self.config.n_embd)
+            if tied:  # a sine's root mean square is 1 / sqrt(2)
+                table *= math.sqrt(2) * embedding_std
             self.transformer.wpe.weight = nn.Parameter(table, requires_grad=False)
 
     def forward(self, idx, targets=None, cache=None):
@@ -320,7 +337,8 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         # Weight tying (Press & Wolf 2017): the token embedding is the output matrix too, which
         # saves 39M parameters in GPT-2
-        weight = self.transformer.wte.weight  # (V, C)
+        head = self.transformer.wte if self.config.tie_weights else self.lm_head
+        weight = head.weight  # (V, C)
         if x.is_cuda:  # tensor cores want multiples of 64: zeros are added, their logits cut off
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))  # 50,257 -> 50,304
         logits = F.linear(x, weight)[..., :self.config.vocab_size]  # (B, T, V)
@@ -515,10 +533,10 @@ def get_lr(step, s):
 # ---- The loop ----
 
 
-def train(s, process):
-    """Train, and return the exit status. s holds the settings, process the device and how many
-    other processes train along. Line n of the log describes the weights after n steps."""
-    run = Run(s, process)  # its data, and its folder: a new one, or one to resume in
+def train(s, place, process):
+    """Train, and return the exit status. s holds the settings, place the run's folder, process the
+    device and other processes. Line n of the log describes the weights after n steps."""
+    run = Run(s, place, process)
     torch.manual_seed(s.seed)
     model = build_model(s, run.data.tokenizer, process)
     optimizer = make_optimizer(model, s, process.device)
@@ -570,39 +588,41 @@ LOG_COLUMNS = """step tokens train_loss val_loss val_bits_per_byte lr grad_norm 
     seconds above_floor above_floor_wording above_floor_choices above_floor_recall hellaswag_acc
     hellaswag_acc_norm""".split()
 SKILLS = ("wording", "choices", "recall")  # what it takes to predict a token of the stories
-# Settings that do not shape the weights: a run may resume with other values
-FREE_SETTINGS = """preset out_dir overwrite device batch_size grad_accum_steps max_minutes
-    compile_model deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
-    log_every""".split()
+# Settings that do not shape the weights: a run may resume with other values. The three of a batch
+# count by their product
+BATCH_SETTINGS = ["batch_size", "grad_accum_steps", "total_batch_size"]
+FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes compile_model
+    deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
+    log_every""".split() + BATCH_SETTINGS
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
 class Run:
-    """A run's data, folder, log, checkpoints and clock, and what it prints."""
+    """A run's data, log, checkpoints and clock, and what it prints. `place` is its folder."""
 
-    def __init__(self, s, process):
-        self.s, self.process = s, process
+    def __init__(self, s, place, process):
+        self.s, self.process, self.folder, self.place = s, process, place.folder, place
         self.data = open_data(s.data_dir)
         self.loader = open_rows(s, self.data, "train", s.seed)
         self.validation = open_rows(s, self.data, "val", None)
         self.rows, self.rows_at_once = plan_batch(s, process)
-        self.best_val_loss = math.inf
+        self.best_val_loss, self.first_val_loss = math.inf, None
         self.measured = {}  # since the last line of the log
         self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
         self.speed_from = None  # (time, tokens) from where throughput is measured
-        choice = process.from_master(lambda: choose_folder(s, process))
-        self.folder, self.resumes_from, self.earlier, self.why_new = choice
-        self.tokens = self.earlier.get("tokens", 0)  # trained on
-        process.set_dtype(self.earlier.get("dtype", s.dtype))  # a resumed run keeps its precision
-        s.dtype = str(process.dtype).removeprefix("torch.")
+        self.tokens = place.progress.get("tokens", 0)  # trained on
+        process.set_dtype(place.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
 
     def begin(self, model, optimizer, scaler):
-        """Load the checkpoint, if there is one; say what will be done. Return the first step."""
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.began, self.start = time.perf_counter(), 0
-        if self.resumes_from:
+        """Load the checkpoint, or write the first one; say what will be done. Return the step to
+        begin with."""
+        self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, 0
+        self.began = time.perf_counter() - self.place.progress.get("seconds", 0)
+        if self.place.checkpoint:
             self.start, self.best_val_loss = load_training_state(
-                self.resumes_from, model, optimizer, scaler, self.data.tokenizer)
+                self.place.checkpoint, model, optimizer, scaler, self.s.resume == "always")
+        else:
+            self.write_checkpoint("ckpt.pt", 0, optimizer={"state": {}})
         self.speed = matmul_speed(self.process)
         if self.process.is_master:
             self.clear_leftovers()
@@ -613,18 +633,19 @@ class Run:
         return self.start
 
     def clear_leftovers(self):
-        """Remove what a killed run left: partial files, and what was added after its checkpoint."""
+        """Remove what an overwritten run left, and what a killed one did after its checkpoint."""
         stale = [*self.folder.glob(".*.tmp")]
         if self.start == 0:
-            stale += [self.folder / name for name in ("ckpt.pt", "best.pt", *self.sizes)]
+            stale += [self.folder / name for name in ("best.pt", "report.md", "loss.svg")]
         with writing(self.folder):
             for path in stale:
                 path.unlink(missing_ok=True)
-            for name, size in self.earlier.get("sizes", {}).items():
-                os.truncate(self.folder / name, size)
+            for name, size in (self.place.progress.get("sizes") or self.sizes).items():
+                with open(self.folder / name, "ab") as file:
+                    file.truncate(min(size, file.tell()))
         if self.start == 0:
             self.append("log.csv", ",".join(LOG_COLUMNS) + "\n")
-            self.append("samples.md", "")
+            write_text(self.folder / "train_gpt2.py", CODE)
         self.count_sizes()
 
     def count_sizes(self):
@@ -639,7 +660,7 @@ class Run:
         self.plan = (
             f"model: {N:,} parameters; guessing blindly has a loss (-ln p, in nats) of ln {V:,} = "
             f"{math.log(V):.2f}\n"
-            f"machine: {process.world_size} x {process.device_name()}, {s.dtype} at "
+            f"machine: {process.world_size} x {process.device_name()}, {process.dtype_name()} at "
             f"{self.speed / 1e9:,.0f} GFLOP/s (MFU: share in use)\n"
             f"plan: {s.max_steps:,} steps of {self.rows} rows, {self.rows_at_once} at once; "
             f"{tokens:,.0f} tokens, {epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens "
@@ -650,19 +671,18 @@ class Run:
                           "it are of wording (fixed), choices (random), recall (of earlier "
                           "choices)")
         print(self.plan)
-        if self.start == 0:
-            print(f"a new run in {self.folder}{self.why_new}")
-            return
-        print(f"continuing {self.folder} from step {self.start:,} ({start_over(self.folder)})")
+        if s.warmup_steps >= s.max_steps:
+            print(f"note: the run ends within its {s.warmup_steps:,} warm-up steps")
+        for remark in self.place.remarks:
+            print(remark)
         threads = count_threads(process)
-        if self.earlier.get("threads", threads) != threads:
-            print(f"note: it ran with {self.earlier['threads']} threads and goes on with {threads}:"
-                  " rounding may differ")
+        if self.place.progress.get("threads", threads) != threads:
+            print(f"note: it ran with {self.place.progress['threads']} threads and goes on with "
+                  f"{threads}: rounding may differ")
 
     def measure_and_save(self, step):
         """The validation loss, a text and a checkpoint, each where it is due."""
-        s = self.s
-        is_last = step == s.max_steps
+        s, is_last = self.s, step == self.s.max_steps
         if is_last or step % s.eval_every == 0:
             self.evaluate(step)
         if is_last or (step > 0 and step % s.sample_every == 0):
@@ -673,6 +693,8 @@ class Run:
     def evaluate(self, step):
         found = evaluate(self.model, self.validation, self.s, self.process, self.data)
         self.say(f"step {step:,}: val {in_words(found)}")
+        if step == 0:
+            self.first_val_loss = found["val_loss"]
         if found["val_loss"] < self.best_val_loss:
             self.best_val_loss = found["val_loss"]
             self.write_checkpoint("best.pt", step)
@@ -714,14 +736,16 @@ class Run:
 
     def write_checkpoint(self, name, step, **more):
         if self.process.is_master:
-            settings = asdict(self.s) | {"threads": count_threads(self.process),
-                                         "tokens": self.tokens, "sizes": self.sizes}
+            more["progress"] = {
+                "tokens": self.tokens, "sizes": self.sizes, "seconds": self.seconds(),
+                "dtype": self.process.dtype_name(), "threads": count_threads(self.process)}
+            settings = self.place.settings
             content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def log_step(self, step, targets, loss_sum, lr, grad_norm):
         """Count a step; every log_every steps, log it. Only then does the CPU wait for a GPU."""
-        s, speed = self.s, 0
+        s = self.s
         self.tokens += targets
         self.latest = (step, loss_sum, lr, grad_norm)
         self.progress_bar.update()
@@ -757,11 +781,13 @@ class Run:
                             f"--learning_rate from {lr:.2g}; the last checkpoint is intact")
         return loss, norm
 
+    def seconds(self):
+        return round(time.perf_counter() - self.began, 2)
+
     def write_line(self, values):
         """Add to the log what was measured since its last line, and these values."""
-        seconds = round(time.perf_counter() - self.began, 2)
-        line = self.measured | values | {"seconds": seconds}
-        self.append("log.csv", log_line(line))
+        line = self.measured | values | {"seconds": self.seconds()}
+        self.append("log.csv", ",".join(str(line.get(name, "")) for name in LOG_COLUMNS) + "\n")
         self.measured = {}
 
     def append(self, name, text):
@@ -784,92 +810,125 @@ class Run:
 
     def finished(self):
         self.measure_and_save(self.s.max_steps)
-        minutes = (time.perf_counter() - self.began) / 60
-        self.say(f"done in {minutes:.1f} min, lowest validation loss {self.best_val_loss:.4f}; see "
-                 f"{self.folder / 'report.md'}\nnow: python sample.py --checkpoint="
-                 f"{self.folder / 'best.pt'}")
+        if self.best_val_loss == self.first_val_loss:
+            self.say("note: the validation loss never fell below its first value, so best.pt holds "
+                     "the weights that the run began with")
+        if self.process.is_master and self.place.other:
+            self.say(compared_in_a_line(self, read_log(self.folder)))
+        self.say(f"done in {self.seconds() / 60:.1f} min, lowest validation loss "
+                 f"{self.best_val_loss:.4f}; see {self.folder / 'report.md'}\n"
+                 f"now: python sample.py {shlex.quote(f'--checkpoint={self.folder}/best.pt')}")
         return 0
 
 
-def difference(checkpoint, s):
-    """Why a checkpoint is not of an unfinished run of these settings; empty if it is."""
-    if checkpoint.get("code", model_code()) != model_code():
-        return "a run of other model code"
-    theirs = asdict(Settings()) | checkpoint["settings"]
-    for name, value in asdict(s).items():
-        differs = repr(theirs[name]) != repr(value)
-        if name == "dtype" and value == "auto":
-            differs = False  # whatever it was computed in
-        if differs and name not in FREE_SETTINGS:
-            return f"a run with {name}={theirs[name]}"
-    if checkpoint["step"] == s.max_steps:
-        return "a finished run"
-    return ""
+# ---- Which folder: a new run, or one to resume ----
+
+
+@dataclass
+class Place:
+    """A run's folder, the checkpoint to resume from, what it says of the run, and remarks for the
+    screen. `other` is the folder of the run that this one is compared with."""
+
+    folder: Path
+    checkpoint: Path | None
+    progress: dict
+    remarks: list
+    settings: dict  # as the person set them
+    command: str = ""
+    other: Path | None = None
 
 
 def choose_folder(s, process):
-    """Lock the folder of the unfinished run of these settings, or the next free one: (folder,
-    checkpoint to resume from, its settings, why a new run starts)."""
+    """Lock the folder of the unfinished run of these settings, or the next free one."""
     base = Path(s.out_dir or f"out/{s.preset}")
+    if base.resolve() == Path(__file__).resolve().parent:
+        raise UserError(f"{base} holds the scripts: choose another --out_dir")
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
-    why_new = ""
-    for number in itertools.count(1):
-        folder = base
-        if number > 1:
-            folder = base.with_name(f"{base.name}-{number}")
-        saved, why_not = look_into(folder, s)
-        if not why_not:
-            process.at_end.callback(lock_folder(folder).release)
-            if saved is not None and saved["name"] == "ckpt.pt":
-                return folder, folder / "ckpt.pt", saved["settings"], ""
-            return folder, None, {}, why_new
-        if not why_new:
-            why_new = f" ({folder} holds {why_not})"
+    folder, chosen, remark = base, None, ""
+    for number in itertools.count(2):
+        path = folder / "ckpt.pt"
+        if s.overwrite or not (path.exists() or holds_other_files(folder)):
+            break
+        if path.exists():
+            found = read_checkpoint(path, start_over(folder))
+            why = difference(found, s)
+            remark = f" ({folder} {why})"
+            if s.resume == "always" or not why:
+                chosen = (folder, found)
+            if not why:
+                break
+        folder = base.parent / f"{base.name or 'run'}-{number}"
+    if chosen is None:
+        place = Place(folder, None, {}, [f"a new run in {folder}{remark}"], asdict(s))
+    else:
+        place = resuming(s, *chosen)
+    process.at_end.callback(lock_folder(place.folder).release)
+    place.other = other_run(s, base, place)
+    return place
 
 
-def look_into(folder, s):
-    """(the checkpoint in a run's folder or None, why this run cannot use the folder)."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
-    if s.overwrite:
-        return None, ""
-    # Killed before its first checkpoint, a run has best.pt, which tells whose it is
-    for name in ("ckpt.pt", "best.pt"):
-        if name in names:
-            saved = read_checkpoint(folder / name, start_over(folder))
-            return saved | {"name": name}, difference(saved, s)
-    if names - {".lock"} and ".lock" not in names:
-        return None, "other files"
-    return None, ""
+def holds_other_files(folder):
+    """Is there anything that no run has written? Each one has left its lock."""
+    return folder.exists() and not (folder / ".lock").exists() and any(folder.iterdir())
+
+
+def resuming(s, folder, found):
+    """The Place of a run that goes on."""
+    step = found["step"]
+    if step > s.max_steps:
+        raise UserError(f"{folder} has taken {step:,} steps, more than --max_steps={s.max_steps}")
+    remarks = [f"continuing {folder} from step {step:,} ({start_over(folder)})"]
+    if difference(found, s):
+        remarks.append(f"note: until now {folder} {difference(found, s)}")
+    parts = [name for name in other_code(found, 1) if name in ("RowIndex", "step_batches")]
+    if parts:
+        remarks.append(f"note: {' and '.join(parts)} differ from those that the run began with")
+    progress = found.get("progress") or found["settings"]  # older checkpoints have it there
+    return Place(folder, folder / "ckpt.pt", progress, remarks, asdict(s))
+
+
+def difference(found, s):
+    """What sets a checkpoint's run apart from an unfinished run of these settings, in words."""
+    settings = different_settings(found["settings"], asdict(s))
+    said = [f"{name}={value}" for name, (value, _) in settings.items()]
+    names = other_code(found)
+    if names:
+        said.insert(0, f"other code in {' and '.join(names)}")
+    if said:
+        return f"has {', '.join(said)}"
+    return "is done" if found["step"] >= s.max_steps else ""
+
+
+def different_settings(saved, ours):
+    """{name: (the value of another run, ours)} of the settings that shape the weights."""
+    theirs = asdict(Settings()) | {name: saved[name] for name in ours if name in saved}
+    names = [name for name in ours if name not in FREE_SETTINGS]
+    if tokens_in_a_step(Settings(**theirs)) != tokens_in_a_step(Settings(**ours)):
+        names += BATCH_SETTINGS
+    return {name: (theirs[name], ours[name]) for name in names
+            if theirs[name] != ours[name] and (name, ours[name]) != ("dtype", "auto")}
 
 
 def start_over(folder):
-    return f"to start over: --out_dir={folder} --overwrite"
+    return f"to start over: {shlex.quote(f'--out_dir={folder}')} --overwrite"
 
 
 def lock_folder(folder):
     """A lock until this process ends. Raises UserError where another run has it."""
     try:
         with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
     except filelock.Timeout:
         raise UserError(f"another run uses {folder}: stop it, or change --out_dir") from None
 
 
-def log_line(values):
-    return ",".join(str(values.get(name, "")) for name in LOG_COLUMNS) + "\n"
-
-
 def read_log(folder):
-    """The lines of log.csv, {column: text}, without an unfinished one."""
-    try:
-        with open(folder / "log.csv", encoding="utf-8", errors="replace", newline="") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, csv.Error):
-        return []
-    return [line for line in lines if None not in line.values() and line["step"].isdigit()]
+    """The lines of log.csv, {column: number}, without an unfinished one."""
+    with open(folder / "log.csv", encoding="utf-8", errors="replace", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if None not in line.values()]
+    return [{name: float(value) for name, value in line.items() if value} for line in lines]
 
 
 class StopRequest:
@@ -905,79 +964,230 @@ class StopRequest:
         return self.signal > 0
 
 
+# ---- The code of a run, and its comparison with another run ----
+
+
+def own_code():
+    try:
+        return Path(__file__).read_text(encoding="utf-8")
+    except (NameError, OSError):  # typed into an interpreter
+        return ""
+
+
+CODE = own_code()  # read at the start: people edit while a run goes on
+PART_2 = re.compile(r"^# =+ PART 2.*", re.M)
+
+
+@functools.cache
+def definitions(code, part=0):
+    """{name: syntax tree} of the functions and classes in Part 1 (part=0) or Part 2 of a script,
+    without docstrings and comments. Settings are compared by their values."""
+    texts = [*PART_2.split(code, 1), ""]
+    try:
+        nodes = ast.parse(texts[part]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {"all": code}
+    found = {}
+    for node in nodes:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner):
+                inner.body = inner.body[1:]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Settings":
+            found[node.name] = ast.dump(node)
+    return found
+
+
+def other_code(found, part=0, of_model=False):
+    """The functions and classes that differ between a checkpoint's script and this one. Older
+    checkpoints have a hash in its place, converted ones nothing: both count as the same."""
+    code = found.get("code")
+    if not CODE or not isinstance(code, str) or "\n" not in code:
+        return []
+    theirs, ours = definitions(code, part), definitions(CODE, part)
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if of_model:
+        model = {*model_part(theirs), *model_part(ours)}
+        names = [name for name in names if name in model]
+    return names
+
+
+def model_part(found):
+    """The names from GPTConfig to GPT."""
+    names = [*found]
+    if "GPTConfig" not in found or "GPT" not in found:
+        return names
+    return names[names.index("GPTConfig"):names.index("GPT") + 1]
+
+
+def other_run(s, base, place):
+    """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
+    if s.compare:
+        folder = Path(s.compare)
+    else:
+        folder = base if place.folder != base else Path("out") / s.preset
+    if folder.resolve() == place.folder.resolve():
+        return None
+    try:
+        found = read_checkpoint(folder / "ckpt.pt")
+        read_log(folder)
+    except (UserError, OSError, ValueError) as error:
+        if s.compare or folder.exists():
+            place.remarks.append(f"note: not compared with {folder}: {error}")
+        return None
+    same_data = found["settings"].get("data_dir") == s.data_dir
+    return folder if same_data or s.compare else None
+
+
+def validation_losses(lines):
+    """{step: validation loss}"""
+    return {int(line["step"]): line["val_loss"] for line in lines if "val_loss" in line}
+
+
+def compared(run, lines):
+    """The report's part on the run that this one is compared with."""
+    folder = run.place.other
+    found = read_checkpoint(folder / "ckpt.pt")
+    ours, theirs = validation_losses(lines), validation_losses(read_log(folder))
+    text = [f"## Compared with {folder}\n", compared_in_a_line(run, lines) + "\n",
+            f"| step | val here | val in {folder} | difference |\n| --- | --- | --- | --- |"]
+    for step in sorted(ours.keys() & theirs.keys()):
+        text.append(f"| {step:,} | {ours[step]:.4f} | {theirs[step]:.4f} | "
+                    f"{ours[step] - theirs[step]:+.4f} |")
+    text += [f"\n* {name} is {our} here, {their} there" for name, (their, our)
+             in different_settings(found["settings"], run.place.settings).items()]
+    if other_code(found):
+        before, now = (PART_2.split(code)[0].splitlines() for code in (found["code"], CODE))
+        changed = difflib.unified_diff(before, now, lineterm="", n=1)
+        text += ["\n```diff", *[*changed][2:], "```"]
+    return "\n".join([*text, "\n"])
+
+
+def compared_in_a_line(run, lines):
+    """Both validation losses at the last step that both runs have, and what makes it unfair."""
+    folder = run.place.other
+    ours, theirs = validation_losses(lines), validation_losses(read_log(folder))
+    common = ours.keys() & theirs.keys()
+    if not common:
+        return f"{folder} has no validation loss at a step of this run"
+    step = max(common)
+    text = (f"validation loss {ours[step]:.4f} at step {step:,}, {folder} had {theirs[step]:.4f} "
+            f"({ours[step] - theirs[step]:+.4f})")
+    saved = read_checkpoint(folder / "ckpt.pt")["settings"]
+    differ = different_settings(saved, run.place.settings)
+    schedule = [name for name in differ if name in ("max_steps", "warmup_steps", "min_lr")]
+    if schedule:
+        text += (f"; {' and '.join(schedule)} differ: the learning rate falls at other steps, so "
+                 "compare runs of equal length")
+    if "seed" in differ:
+        text += "; the seeds differ: an effect has to exceed this noise"
+    batch = [name for name in differ if name in ("data_dir", "block_size", *BATCH_SETTINGS)]
+    if batch:
+        text += f"; {' and '.join(batch)} differ: a step is not the same amount of text"
+    return text
+
+
 # ---- Report and picture ----
+
+COLOURS = {"training": "#e8710a", "validation": "#2f80ed", "wording": "#16a07a",
+           "choices": "#a352cc", "recall": "#d6336c"}
+STYLE = """<style>text { font: 13px sans-serif; fill: #555 } path { fill: none; stroke-width: 3 }
+.thin { stroke: #999; stroke-width: 1; opacity: 0.5 }
+@media (prefers-color-scheme: dark) { text { fill: #bbb } }</style>"""
 
 
 def write_report(run, lines):
     """Draw loss.svg and write report.md, from the log's lines and samples.md."""
-    lines = [{name: float(value) for name, value in line.items() if value != ""} for line in lines]
-    levels, last = dict(run.data.meta.get("landmarks", {})), lines[-1]
+    other = run.place.other
+    last, levels = lines[-1], dict(run.data.meta.get("landmarks", {}))
     if "above_floor" in last:
         levels["floor"] = last["val_loss"] - last["above_floor"]
-    losses = {"training": curve(lines, "train_loss"), "validation": curve(lines, "val_loss")}
-    panels = [draw(30, "nats per token:", losses, levels)]
+    curves = {"training": points(lines, "train_loss"), "validation": points(lines, "val_loss")}
+    if other:
+        curves[other.as_posix()[-18:]] = points(read_log(other), "val_loss")
+    panels = [panel(0, f"{run.folder.name}: loss, in nats per token", curves, levels)]
     if "above_floor" in last:
-        skills = {skill: curve(lines, f"above_floor_{skill}") for skill in SKILLS}
-        panels.append(draw(340, "nats per token above the floor, by skill:", skills, {}))
+        skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
+        panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))
     write_text(run.folder / "loss.svg",
-               '<svg xmlns="http://www.w3.org/2000/svg" fill="#888" font-family="sans-serif" '
-               f'font-size="13" viewBox="0 0 720 620">{"".join(panels)}</svg>\n')
-    measured = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
+               f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {340 * len(panels)}">'
+               f'{STYLE}{"".join(panels)}</svg>\n')
+    table = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
     samples = (run.folder / "samples.md").read_text(encoding="utf-8")
     write_text(run.folder / "report.md", "\n".join([
-        f"# {run.folder.name}\n\n![loss](loss.svg)\n\n```\n{run.plan}\n```\n",
-        "| step | measured |\n| --- | --- |", *measured, "", samples]))
+        f"# {run.folder.name}\n\n    {run.place.command}\n\n![loss](loss.svg)\n\n```\n{run.plan}\n"
+        "```\n", "| step | measured |\n| --- | --- |", *table, "",
+        compared(run, lines) if other else "", samples]))
 
 
-def curve(lines, column):
-    """[(tokens, value), ...] of the log's lines that have a value there."""
-    return [(line["tokens"], line[column]) for line in lines if column in line]
+def points(lines, column):
+    """[(step, value), ...] of the log's lines that have a value there."""
+    return [(line["step"], line[column]) for line in lines if column in line]
 
 
-COLOURS = ("#e8710a", "#2f80ed", "#16a07a")
+def round_numbers(low, high):
+    """1, 2 and 5 times a power of ten, from low to high."""
+    numbers = (digit * 10.0 ** power for power in range(-3, 10) for digit in (1, 2, 5))
+    return [number for number in numbers if low <= number <= high]
 
 
-def draw(top, title, curves, levels):
-    """A panel of an SVG, on a logarithmic scale: {name: [(tokens, value)]}, {name: value}."""
-    curves = {name: points for name, points in curves.items() if points}
-    points = sum(curves.values(), [])
-    span = max(tokens for tokens, _ in points) or 1
-    values = [value for _, value in points] + [*levels.values()]
-    low = math.log(max(min(values), 1e-3))
-    high = math.log(max(values)) + 0.1
+def panel(top, title, curves, levels):
+    """A part of an SVG, 720 x 340: curves {name: [(step, value), ...]}, levels {name: value}, on a
+    logarithmic scale. Names stand behind the ends of the lines."""
+    curves = {name: found for name, found in curves.items() if found}
+    last_step = max(found[-1][0] for found in curves.values()) or 1
+    values = [value for found in curves.values() for _, value in found] + [*levels.values()]
+    low, high = max(0.001, 0.9 * min(values)), 1.1 * max(values)
 
-    def x(tokens):
-        return round(10 + 560 * tokens / span)
+    def x(step):
+        return round(50 + 500 * step / last_step, 1)
 
     def y(value):
-        share = (high - math.log(max(value, 1e-3))) / (high - low)
-        return round(top + 250 * share, 1)
+        share = math.log(max(value, low) / low) / math.log(high / low)
+        return round(top + 300 - 260 * share, 1)
 
-    shapes = []
-    legend = title
-    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
-        some = points[::len(points) // 600 + 1] + points[-1:]
-        path = " ".join(f"{x(tokens)},{y(value)}" for tokens, value in some)
-        shapes.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-        legend += f' <tspan fill="{colour}">{name} {points[-1][1]:.4f}</tspan>'
+    shapes, names = [f'<text x="10" y="{top + 20}">{title}</text>'], []
+    for value in round_numbers(low, high):
+        shapes.append(f'<path class="thin" d="M50 {y(value)}H550"/>'
+                      f'<text x="44" y="{y(value) + 4}" text-anchor="end">{value:g}</text>')
+    distance = round_numbers(last_step / 6, math.inf)[0]
+    for step in np.arange(0, last_step + 1, distance):
+        shapes.append(f'<text x="{x(step)}" y="{top + 320}" text-anchor="middle">{step:,.0f}'
+                      '</text>')
     for name, value in levels.items():
-        shapes.append(f'<line x1="10" x2="570" y1="{y(value)}" y2="{y(value)}" stroke="#888"/>')
-        shapes.append(f'<text x="570" y="{y(value)}">{name} {value:.4f}</text>')
-    shapes.append(f'<text x="10" y="{top - 12}">{legend}, {span:,.0f} tokens</text>')
+        shapes.append(f'<path stroke="#888" stroke-dasharray="2 4" d="M50 {y(value)}H550"/>')
+        names.append((y(value), f"{name} {value:.4g}", "#888"))
+    for name, found in curves.items():
+        some = found[::len(found) // 500 + 1] + found[-1:]
+        path = "L".join(f"{x(step)} {y(value)}" for step, value in some)
+        # Another run's curve is grey and dashed
+        colour, dash = COLOURS.get(name, "#888"), "none" if name in COLOURS else "9 5"
+        shapes.append(f'<path stroke="{colour}" stroke-dasharray="{dash}" d="M{path}"/>')
+        names.append((y(found[-1][1]), f"{name} {found[-1][1]:.4g}", colour))
+    lowest = top + 322
+    for place, name, colour in sorted(names, reverse=True):
+        lowest = min(place + 4, lowest - 16)  # moved up until none touches another
+        shapes.append(f'<text x="558" y="{lowest}" style="fill: {colour}">{name}</text>')
     return "\n".join(shapes)
 
 
 # ---- The batches of a step, the rows of an epoch ----
 
 
+def tokens_in_a_step(s):
+    if s.total_batch_size is None or s.grad_accum_steps is not None:
+        return s.batch_size * s.block_size * (s.grad_accum_steps or 1)
+    return s.total_batch_size
+
+
 def plan_batch(s, process):
     """(rows of a step, of all processes; rows that one process handles at once). Raises UserError
     where they cannot be dealt evenly."""
-    rows, rest = divmod(s.total_batch_size, s.block_size)
+    tokens = tokens_in_a_step(s)
+    rows, rest = divmod(tokens, s.block_size)
     share, uneven = divmod(rows, process.world_size)
     if rest or uneven or rows == 0 or (rows > s.batch_size and rows % s.batch_size):
         raise UserError(
-            f"total_batch_size ({s.total_batch_size:,}) must be a multiple of block_size * "
+            f"total_batch_size ({tokens:,}) must be a multiple of block_size * "
             f"processes ({s.block_size * process.world_size:,}) and, if larger, of batch_size * "
             f"block_size ({s.batch_size * s.block_size:,})")
     size = min(s.batch_size, share)
@@ -1295,23 +1505,11 @@ def append(path, text):
         file.write(text)
 
 
-@functools.cache
-def model_code():
-    """A hash of the syntax tree from GPTConfig to GPT, without docstrings."""
-    body = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
-    names = [getattr(node, "name", "") for node in body]
-    part = ast.Module(body[names.index("GPTConfig"):names.index("GPT") + 1], [])
-    for node in ast.walk(part):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.unparse(part).encode()).hexdigest()[:16]
-
-
 def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
     """What best.pt holds; ckpt.pt has the optimizer too."""
     return {"model": model.state_dict(), "step": step, "config": asdict(model.config),
             "settings": settings or {}, "best_val_loss": float(best_val_loss),
-            "tokenizer": model.tokenizer.spec if model.tokenizer else {}, "code": model_code()}
+            "tokenizer": model.tokenizer.spec if model.tokenizer else {}, "code": CODE}
 
 
 def converted_path(name):
@@ -1346,38 +1544,43 @@ def read_checkpoint(path, hint=""):
         raise UserError(f"{path} is not a valid checkpoint {hint}") from None
 
 
-def check_weights(model, found, path, hint="", may_lack=False):
-    """Raise UserError unless a model, which may be on the device "meta" and take no memory, can
-    load a checkpoint's weights."""
+def fitting_weights(model, found, path, lenient=False):
+    """A checkpoint's weights that fit a model, which may be on the device "meta" and take no
+    memory. Raises UserError where some do not, unless `lenient`."""
     ours, theirs = ({name: (tuple(t.shape), t.dtype, t.layout) for name, t in weights.items()}
                     for weights in (model.state_dict(), found["model"]))
-    for name, _ in ours.items() ^ theirs.items():
-        if name in theirs or not may_lack:
-            raise UserError(f"{path} has other shapes than this model code: {name} is "
-                            f"{theirs.get(name)} there, {ours.get(name)} here {hint}".strip())
+    for name in [] if lenient else dict(ours.items() ^ theirs.items()):
+        names = other_code(found, of_model=True)
+        if names:
+            raise UserError(f"{path} was trained by other code in {' and '.join(names)}: put that "
+                            "back (the run's folder has its train_gpt2.py), or name another")
+        raise UserError(f"{path} has other shapes than this model code: {name} is "
+                        f"{theirs.get(name)} there, {ours.get(name)} here")
     weights = found["model"].values()
     if 4 * sum(tensor.numel() for tensor in weights) > os.path.getsize(path) or \
             not all(tensor.isfinite().all() for tensor in weights):
-        raise UserError(f"{path} has missing or infinite weights {hint}".strip())
+        raise UserError(f"{path} is not a valid checkpoint: it lacks weights, or they are infinite")
+    return {name: found["model"][name] for name in ours if ours[name] == theirs.get(name)}
 
 
-def load_model(path, device="cpu", may_lack=False, **changes):
-    """The model in a checkpoint, parts of its config changed, ready to generate text. Weights that
-    the file may lack start anew: those that an edit has added."""
+def load_model(path, device="cpu", lenient=False, **changes):
+    """The model in a checkpoint, parts of its config changed, ready to generate text. Where it is
+    lenient, weights that do not fit an edited model start anew."""
     found = read_checkpoint(path)
     if path in OPENAI_NAMES:
         path = converted_path(path)
     config = GPTConfig(**found["config"] | changes)
     with torch.device("meta"):
-        check_weights(GPT(config), found, path, may_lack=may_lack)
+        weights = fitting_weights(GPT(config), found, path, lenient)
     model = GPT(config)
-    model.load_state_dict(found["model"], strict=not may_lack)
+    model.load_state_dict(weights, strict=False)
+    model.new_weights = [name for name in model.state_dict() if name not in weights]
+    model.code_difference = other_code(found, of_model=True)
     if found["tokenizer"]:
         model.tokenizer = Tokenizer(found["tokenizer"])
         if model.tokenizer.vocab_size != config.vocab_size:
             raise UserError(f"{path} is not a valid checkpoint: its tokenizer has another size")
     model.starts_documents = found["settings"].get("rows") == "documents"
-    model.is_edited = found.get("code", model_code()) != model_code()
     return model.to(device).eval()
 
 
@@ -1388,33 +1591,39 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, saved):
-    """The reverse. Raises ValueError for a state of other shapes."""
+    """The reverse. Return the names of the parameters whose state has another shape."""
     names = {p: name for name, p in model.named_parameters()}
     learned = sum((group["params"] for group in optimizer.param_groups), [])
-    states = {}
+    states, unfit = {}, []
     for number, p in enumerate(learned):  # torch counts parameters, and so did older checkpoints
         state = saved.get(names[p]) or saved.get(number) or {}
         if any(value.shape not in ((), p.shape) for value in state.values()):
-            raise ValueError(f"the optimizer's state of {names[p]} has another shape")
-        if state:
+            unfit.append(names[p])
+        elif state:
             states[number] = {name: value.clone() for name, value in state.items()}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    return unfit
 
 
-def load_training_state(path, model, optimizer, scaler, tokenizer):
-    """Resume from ckpt.pt; return (step, lowest validation loss)."""
-    hint = start_over(path.parent)
-    found = read_checkpoint(path, hint)
-    if found["tokenizer"] != tokenizer.spec:
-        raise UserError(f"{path} does not fit: the data has another tokenizer now; {hint}")
-    check_weights(model, found, path, hint)
-    model.load_state_dict(found["model"])
+def load_training_state(path, model, optimizer, scaler, always):
+    """Resume from ckpt.pt, whose weights the model has already; return (step, lowest validation
+    loss). What does not fit is an error, or starts anew if the run goes on in any case."""
+    found = read_checkpoint(path, start_over(path.parent))
     try:
-        load_optimizer_state(model, optimizer, found["optimizer"]["state"])
-        if scaler.is_enabled():
+        saved = found["optimizer"]["state"]
+        if always and "make_optimizer" in other_code(found):
+            saved = {}
+            print("note: the optimizer is another one and starts anew")
+        unfit = load_optimizer_state(model, optimizer, saved)
+        if scaler.is_enabled() and "scaler" in found["optimizer"]:
             scaler.load_state_dict(found["optimizer"]["scaler"])
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} does not fit ({error!r:.99}); {hint}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        unfit, always = [repr(error)], False
+    if unfit and not always:
+        raise UserError(f"{path} does not fit its optimizer ({unfit[0]:.99}); "
+                        f"{start_over(path.parent)}")
+    if unfit:
+        print(f"note: the optimizer's state of {len(unfit)} parameters starts anew")
     return found["step"], found["best_val_loss"]
 
 
@@ -1443,6 +1652,9 @@ class Process:
 
     def set_dtype(self, name):
         self.dtype = pick_dtype(name, self.device)
+
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
 
     def device_name(self):
         return torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
@@ -1562,10 +1774,13 @@ def combined_seed(*numbers):
 def build_model(s, tokenizer, process):
     """A new model of the settings' shape, or the one in --init_from, on the device."""
     if s.init_from:
-        model = load_model(s.init_from, may_lack=True, dropout=s.dropout, attention=s.attention)
+        model = load_model(s.init_from, lenient=True, dropout=s.dropout, attention=s.attention)
         own = model.tokenizer or tokenizer
         if own.spec != tokenizer.spec or model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
+        if process.is_master and model.new_weights:
+            print(f"note: {len(model.new_weights)} weights of this model code do not fit "
+                  f"{s.init_from} and start anew: {model.new_weights[0]}, ...")
     else:
         names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
         shape = {name: getattr(s, name) for name in names}
@@ -1577,17 +1792,17 @@ def build_model(s, tokenizer, process):
     return model
 
 
-def adopt_shape(s, given):
-    """With --init_from, the shape is that of its weights; only the rows may be shorter."""
-    if s.eval_only and not s.init_from:
-        s.init_from = str(Path(s.out_dir or f"out/{s.preset}") / "best.pt")
-    if not s.init_from:
-        return
-    config = read_checkpoint(s.init_from)["config"]
-    for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation"):
-        if name in given and given[name] != config.get(name):
-            raise UserError(f"{s.init_from} has another {name}: leave that out")
-    s.block_size = min(given.get("block_size", math.inf), config.get("block_size", 1024))
+def adopt_shape(s, given, path):
+    """The weights in a file have their own shape; only the rows may be shorter."""
+    config = read_checkpoint(path)["config"]
+    for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "tie_weights"):
+        if given.get(name, config.get(name, True)) != config.get(name, True):
+            raise UserError(f"{path} has {name}={config[name]}: leave that out")
+    context = config["block_size"]
+    if given.get("block_size", 0) > context:
+        raise UserError(f"{path} has a context of {context} tokens: lower --block_size")
+    s.block_size = min((PRESETS[s.preset] | given).get("block_size", context), context)
+    s.init_from = str(path)
 
 
 def check_shape(c):
@@ -1709,6 +1924,10 @@ def in_words(found):
 def report_evaluation(s, process):
     data = open_data(s.data_dir)
     model = build_model(s, data.tokenizer, process)
+    if model.code_difference:
+        raise UserError(f"{s.init_from} was trained by other code in "
+                        f"{' and '.join(model.code_difference)}, and its loss is not that of this "
+                        "code: put that back (the run's folder has its train_gpt2.py)")
     found = evaluate(model, open_rows(s, data, "val", None), s, process, data)
     found |= hellaswag_scores(model, process)
     if process.is_master:
@@ -1730,7 +1949,8 @@ def matmul_speed(process, n=2048):
 
 def flops_per_token(model, T):
     """FLOPs of training per token, in rows of T (Chowdhery et al. 2022, appendix B)."""
-    N = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    looked_up = ("wpe.weight",) if model.config.tie_weights else ("wpe.weight", "wte.weight")
+    N = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(looked_up))
     return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
 
 
@@ -1873,9 +2093,12 @@ def check_settings(s):
     below_1 = (0, 0.9999999)
     check_ranges(s, min_lr=(0, s.learning_rate), init_std=(1e-9, 1e9), beta1=below_1, beta2=below_1)
     check_shape(s)
-    if s.grad_accum_steps or not s.total_batch_size:
-        s.total_batch_size = s.batch_size * s.block_size * (s.grad_accum_steps or 1)
-    check_ranges(s, total_batch_size=(1, 2**27))
+    if tokens_in_a_step(s) > 2**27:
+        raise UserError(f"total_batch_size is {tokens_in_a_step(s):,}: it must be below {2**27:,}")
+    if s.preset == "finetune" and not s.init_from:
+        raise UserError("finetune needs weights: --init_from=gpt2, or a run's best.pt")
+    if s.resume == "always" and s.overwrite:
+        raise UserError("--resume=always goes on, and --overwrite starts over: leave one out")
 
 
 def prepare_stories(s):
@@ -1890,20 +2113,28 @@ def prepare_stories(s):
 @reports_mistakes
 def main(argv=None):
     s, given = parse_settings(Settings, argv, __doc__, PRESETS)
-    for name in ("data_dir", "out_dir", "init_from"):
+    for name in ("data_dir", "out_dir", "init_from", "compare"):
         setattr(s, name, os.path.expanduser(getattr(s, name)))
-    adopt_shape(s, given)
     check_settings(s)
     keep_memory()
     process = Process(s)
     try:
+        if process.from_master(lambda: CODE) != CODE:
+            raise UserError(f"process {process.rank} runs another train_gpt2.py than the first one")
         changes = PRESETS[s.preset] | given
         if process.is_master and changes:
             print(f"preset and options change the constants at the top: {changes}")
         process.from_master(lambda: prepare_stories(s))
         if s.eval_only:
+            adopt_shape(s, given, s.init_from or Path(s.out_dir or f"out/{s.preset}") / "best.pt")
             return report_evaluation(s, process)
-        return train(s, process)
+        open_data(s.data_dir)  # its mistakes come before a new folder
+        place = process.from_master(lambda: choose_folder(s, process))
+        words = sys.argv[1:] if argv is None else argv
+        place.command = shlex.join(["python", "train_gpt2.py", *words])
+        if place.checkpoint or s.init_from:
+            adopt_shape(s, given, place.checkpoint or s.init_from)
+        return train(s, place, process)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
             print(f"error: process {process.rank} lost another one; the same command resumes",
@@ -1911,7 +2142,7 @@ def main(argv=None):
             os._exit(1)  # a regular end may wait for the other one
         if not is_out_of_memory(error):
             raise
-        steps = max(1, s.total_batch_size // (s.batch_size * s.block_size))
+        steps = max(1, tokens_in_a_step(s) // (s.batch_size * s.block_size))
         raise UserError(f"{process.device} is out of memory: halve --batch_size ({s.batch_size}) "
                         f"and double --grad_accum_steps ({steps})") from None
     finally:
