@@ -594,6 +594,8 @@ BATCH_SETTINGS = ["batch_size", "grad_accum_steps", "total_batch_size"]
 FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes compile_model
     deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
     log_every""".split() + BATCH_SETTINGS
+# Settings that make losses at the same step incomparable, or as different as two seeds are
+UNFAIR = ["max_steps", "warmup_steps", "min_lr", "seed", "data_dir", "block_size", *BATCH_SETTINGS]
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
@@ -610,14 +612,15 @@ class Run:
         self.measured = {}  # since the last line of the log
         self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
         self.speed_from = None  # (time, tokens) from where throughput is measured
-        self.tokens = place.progress.get("tokens", 0)  # trained on
-        process.set_dtype(place.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
+        self.progress = place.progress or {}
+        self.tokens = self.progress.get("tokens", 0)  # trained on
+        process.set_dtype(self.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
 
     def begin(self, model, optimizer, scaler):
         """Load the checkpoint, or write the first one; say what will be done. Return the step to
         begin with."""
         self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, 0
-        self.began = time.perf_counter() - self.place.progress.get("seconds", 0)
+        self.began = time.perf_counter() - self.progress.get("seconds", 0)
         if self.place.checkpoint:
             self.start, self.best_val_loss = load_training_state(
                 self.place.checkpoint, model, optimizer, scaler, self.s.resume == "always")
@@ -640,7 +643,7 @@ class Run:
         with writing(self.folder):
             for path in stale:
                 path.unlink(missing_ok=True)
-            for name, size in (self.place.progress.get("sizes") or self.sizes).items():
+            for name, size in (self.progress.get("sizes") or self.sizes).items():
                 with open(self.folder / name, "ab") as file:
                     file.truncate(min(size, file.tell()))
         if self.start == 0:
@@ -676,8 +679,8 @@ class Run:
         for remark in self.place.remarks:
             print(remark)
         threads = count_threads(process)
-        if self.place.progress.get("threads", threads) != threads:
-            print(f"note: it ran with {self.place.progress['threads']} threads and goes on with "
+        if self.progress.get("threads", threads) != threads:
+            print(f"note: it ran with {self.progress['threads']} threads and goes on with "
                   f"{threads}: rounding may differ")
 
     def measure_and_save(self, step):
@@ -814,7 +817,7 @@ class Run:
             self.say("note: the validation loss never fell below its first value, so best.pt holds "
                      "the weights that the run began with")
         if self.process.is_master and self.place.other:
-            self.say(compared_in_a_line(self, read_log(self.folder)))
+            self.say(compared(self, read_log(self.folder)).partition("\n")[0])
         self.say(f"done in {self.seconds() / 60:.1f} min, lowest validation loss "
                  f"{self.best_val_loss:.4f}; see {self.folder / 'report.md'}\n"
                  f"now: python sample.py {shlex.quote(f'--checkpoint={self.folder}/best.pt')}")
@@ -826,73 +829,72 @@ class Run:
 
 @dataclass
 class Place:
-    """A run's folder, the checkpoint to resume from, what it says of the run, and remarks for the
-    screen. `other` is the folder of the run that this one is compared with."""
+    """Where a run lives, and how it came to be there."""
 
     folder: Path
-    checkpoint: Path | None
-    progress: dict
-    remarks: list
     settings: dict  # as the person set them
-    command: str = ""
-    other: Path | None = None
+    command: str
+    remarks: list  # for the screen
+    checkpoint: Path | None = None  # to resume from
+    progress: dict | None = None  # what it says of the run
+    other: Path | None = None  # the folder of the run to compare with
 
 
-def choose_folder(s, process):
+def choose_folder(s, command, process):
     """Lock the folder of the unfinished run of these settings, or the next free one."""
     base = Path(s.out_dir or f"out/{s.preset}")
     if base.resolve() == Path(__file__).resolve().parent:
         raise UserError(f"{base} holds the scripts: choose another --out_dir")
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
-    folder, chosen, remark = base, None, ""
-    for number in itertools.count(2):
-        path = folder / "ckpt.pt"
-        if s.overwrite or not (path.exists() or holds_other_files(folder)):
-            break
-        if path.exists():
-            found = read_checkpoint(path, start_over(folder))
+    place = Place(base, asdict(s), command, [])
+    resumed, why, number = None, "", 1
+    while not s.overwrite and is_taken(place.folder):
+        why = "holds other files"
+        if (place.folder / "ckpt.pt").exists():
+            found = read_checkpoint(place.folder / "ckpt.pt", start_over(place.folder))
             why = difference(found, s)
-            remark = f" ({folder} {why})"
             if s.resume == "always" or not why:
-                chosen = (folder, found)
+                resumed = place.folder, found
             if not why:
                 break
-        folder = base.parent / f"{base.name or 'run'}-{number}"
-    if chosen is None:
-        place = Place(folder, None, {}, [f"a new run in {folder}{remark}"], asdict(s))
+        why = f" ({place.folder} {why})"
+        number += 1
+        place.folder = base.parent / f"{base.name or 'run'}-{number}"
+    if resumed:
+        go_on(place, s, *resumed)
     else:
-        place = resuming(s, *chosen)
+        place.remarks.append(f"a new run in {place.folder}{why}")
     process.at_end.callback(lock_folder(place.folder).release)
     place.other = other_run(s, base, place)
     return place
 
 
-def holds_other_files(folder):
-    """Is there anything that no run has written? Each one has left its lock."""
-    return folder.exists() and not (folder / ".lock").exists() and any(folder.iterdir())
+def is_taken(folder):
+    """Has a run written there, or somebody else? A run that did no step has left its lock only."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
 
-def resuming(s, folder, found):
-    """The Place of a run that goes on."""
-    step = found["step"]
+def go_on(place, s, folder, found):
+    """Let a run resume in a folder, and say what has changed since."""
+    step, why = found["step"], difference(found, s)
     if step > s.max_steps:
         raise UserError(f"{folder} has taken {step:,} steps, more than --max_steps={s.max_steps}")
-    remarks = [f"continuing {folder} from step {step:,} ({start_over(folder)})"]
-    if difference(found, s):
-        remarks.append(f"note: until now {folder} {difference(found, s)}")
-    parts = [name for name in other_code(found, 1) if name in ("RowIndex", "step_batches")]
-    if parts:
-        remarks.append(f"note: {' and '.join(parts)} differ from those that the run began with")
-    progress = found.get("progress") or found["settings"]  # older checkpoints have it there
-    return Place(folder, folder / "ckpt.pt", progress, remarks, asdict(s))
+    place.folder, place.checkpoint = folder, folder / "ckpt.pt"
+    place.progress = found.get("progress") or found["settings"]  # as older checkpoints have it
+    place.remarks.append(f"continuing {folder} from step {step:,} ({start_over(folder)})")
+    if why:
+        place.remarks.append(f"note: until now {folder} {why}")
+    for name in other_code(found, part=1):
+        if name in ("RowIndex", "step_batches"):
+            place.remarks.append(f"note: until now {folder} has other code in {name}")
 
 
 def difference(found, s):
     """What sets a checkpoint's run apart from an unfinished run of these settings, in words."""
-    settings = different_settings(found["settings"], asdict(s))
+    names, settings = other_code(found), different_settings(found["settings"], asdict(s))
     said = [f"{name}={value}" for name, (value, _) in settings.items()]
-    names = other_code(found)
     if names:
         said.insert(0, f"other code in {' and '.join(names)}")
     if said:
@@ -900,14 +902,15 @@ def difference(found, s):
     return "is done" if found["step"] >= s.max_steps else ""
 
 
-def different_settings(saved, ours):
+def different_settings(theirs, ours):
     """{name: (the value of another run, ours)} of the settings that shape the weights."""
-    theirs = asdict(Settings()) | {name: saved[name] for name in ours if name in saved}
+    theirs = asdict(Settings()) | {name: theirs[name] for name in ours if name in theirs}
     names = [name for name in ours if name not in FREE_SETTINGS]
     if tokens_in_a_step(Settings(**theirs)) != tokens_in_a_step(Settings(**ours)):
         names += BATCH_SETTINGS
-    return {name: (theirs[name], ours[name]) for name in names
-            if theirs[name] != ours[name] and (name, ours[name]) != ("dtype", "auto")}
+    if ours["dtype"] == "auto":
+        names.remove("dtype")
+    return {name: (theirs[name], ours[name]) for name in names if theirs[name] != ours[name]}
 
 
 def start_over(folder):
@@ -1021,21 +1024,16 @@ def model_part(found):
 
 def other_run(s, base, place):
     """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
-    if s.compare:
-        folder = Path(s.compare)
-    else:
-        folder = base if place.folder != base else Path("out") / s.preset
-    if folder.resolve() == place.folder.resolve():
+    folder = Path(s.compare or (base if place.folder != base else f"out/{s.preset}"))
+    if not folder.exists() and not s.compare or folder.resolve() == place.folder.resolve():
         return None
     try:
-        found = read_checkpoint(folder / "ckpt.pt")
+        settings = read_checkpoint(folder / "ckpt.pt")["settings"]
         read_log(folder)
     except (UserError, OSError, ValueError) as error:
-        if s.compare or folder.exists():
-            place.remarks.append(f"note: not compared with {folder}: {error}")
+        place.remarks.append(f"note: not compared with {folder}: {error}")
         return None
-    same_data = found["settings"].get("data_dir") == s.data_dir
-    return folder if same_data or s.compare else None
+    return folder if s.compare or settings.get("data_dir") == s.data_dir else None
 
 
 def validation_losses(lines):
@@ -1044,46 +1042,31 @@ def validation_losses(lines):
 
 
 def compared(run, lines):
-    """The report's part on the run that this one is compared with."""
+    """The report's part on the run that this one is compared with; its first line is for the
+    screen. It says what else differs: a shorter schedule falls sooner, so that its middle is not
+    comparable; and the difference of two seeds is the noise that an effect has to exceed."""
     folder = run.place.other
     found = read_checkpoint(folder / "ckpt.pt")
+    differ = different_settings(found["settings"], run.place.settings)
     ours, theirs = validation_losses(lines), validation_losses(read_log(folder))
-    text = [f"## Compared with {folder}\n", compared_in_a_line(run, lines) + "\n",
-            f"| step | val here | val in {folder} | difference |\n| --- | --- | --- | --- |"]
-    for step in sorted(ours.keys() & theirs.keys()):
-        text.append(f"| {step:,} | {ours[step]:.4f} | {theirs[step]:.4f} | "
-                    f"{ours[step] - theirs[step]:+.4f} |")
-    text += [f"\n* {name} is {our} here, {their} there" for name, (their, our)
-             in different_settings(found["settings"], run.place.settings).items()]
-    if other_code(found):
-        before, now = (PART_2.split(code)[0].splitlines() for code in (found["code"], CODE))
-        changed = difflib.unified_diff(before, now, lineterm="", n=1)
-        text += ["\n```diff", *[*changed][2:], "```"]
-    return "\n".join([*text, "\n"])
-
-
-def compared_in_a_line(run, lines):
-    """Both validation losses at the last step that both runs have, and what makes it unfair."""
-    folder = run.place.other
-    ours, theirs = validation_losses(lines), validation_losses(read_log(folder))
-    common = ours.keys() & theirs.keys()
+    common = sorted(ours.keys() & theirs.keys())
     if not common:
         return f"{folder} has no validation loss at a step of this run"
-    step = max(common)
-    text = (f"validation loss {ours[step]:.4f} at step {step:,}, {folder} had {theirs[step]:.4f} "
-            f"({ours[step] - theirs[step]:+.4f})")
-    saved = read_checkpoint(folder / "ckpt.pt")["settings"]
-    differ = different_settings(saved, run.place.settings)
-    schedule = [name for name in differ if name in ("max_steps", "warmup_steps", "min_lr")]
-    if schedule:
-        text += (f"; {' and '.join(schedule)} differ: the learning rate falls at other steps, so "
-                 "compare runs of equal length")
-    if "seed" in differ:
-        text += "; the seeds differ: an effect has to exceed this noise"
-    batch = [name for name in differ if name in ("data_dir", "block_size", *BATCH_SETTINGS)]
-    if batch:
-        text += f"; {' and '.join(batch)} differ: a step is not the same amount of text"
-    return text
+    text = [f"validation loss {ours[common[-1]]:.4f} at step {common[-1]:,}, {folder} had "
+            f"{theirs[common[-1]]:.4f} ({ours[common[-1]] - theirs[common[-1]]:+.4f})"]
+    unfair = [name for name in differ if name in UNFAIR]
+    if unfair:
+        text[0] += f"; not a fair pair: {' and '.join(unfair)} differ"
+    text.append(f"\n| step | val here | val in {folder} | difference |\n| --- | --- | --- | --- |")
+    for step in common:
+        difference = ours[step] - theirs[step]
+        text.append(f"| {step:,} | {ours[step]:.4f} | {theirs[step]:.4f} | {difference:+.4f} |")
+    text += [f"\n* {name} is {our} here, {their} there" for name, (their, our) in differ.items()]
+    if other_code(found):
+        before, now = PART_2.split(found["code"])[0], PART_2.split(CODE)[0]
+        changed = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=1)
+        text += ["\n```diff", *[*changed][2:], "```"]
+    return "\n".join(text)
 
 
 # ---- Report and picture ----
@@ -1112,11 +1095,11 @@ def write_report(run, lines):
                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {340 * len(panels)}">'
                f'{STYLE}{"".join(panels)}</svg>\n')
     table = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
+    comparison = f"\n## Compared with {other}\n\n{compared(run, lines)}\n" if other else ""
     samples = (run.folder / "samples.md").read_text(encoding="utf-8")
     write_text(run.folder / "report.md", "\n".join([
         f"# {run.folder.name}\n\n    {run.place.command}\n\n![loss](loss.svg)\n\n```\n{run.plan}\n"
-        "```\n", "| step | measured |\n| --- | --- |", *table, "",
-        compared(run, lines) if other else "", samples]))
+        "```\n", "| step | measured |\n| --- | --- |", *table, comparison, samples]))
 
 
 def points(lines, column):
@@ -1134,9 +1117,10 @@ def panel(top, title, curves, levels):
     """A part of an SVG, 720 x 340: curves {name: [(step, value), ...]}, levels {name: value}, on a
     logarithmic scale. Names stand behind the ends of the lines."""
     curves = {name: found for name, found in curves.items() if found}
-    last_step = max(found[-1][0] for found in curves.values()) or 1
-    values = [value for found in curves.values() for _, value in found] + [*levels.values()]
+    every_point = sum(curves.values(), [])
+    values = [value for _, value in every_point] + [*levels.values()]
     low, high = max(0.001, 0.9 * min(values)), 1.1 * max(values)
+    last_step = max(1, *(step for step, _ in every_point))
 
     def x(step):
         return round(50 + 500 * step / last_step, 1)
@@ -1149,8 +1133,7 @@ def panel(top, title, curves, levels):
     for value in round_numbers(low, high):
         shapes.append(f'<path class="thin" d="M50 {y(value)}H550"/>'
                       f'<text x="44" y="{y(value) + 4}" text-anchor="end">{value:g}</text>')
-    distance = round_numbers(last_step / 6, math.inf)[0]
-    for step in np.arange(0, last_step + 1, distance):
+    for step in np.arange(0, last_step + 1, round_numbers(last_step / 6, math.inf)[0]):
         shapes.append(f'<text x="{x(step)}" y="{top + 320}" text-anchor="middle">{step:,.0f}'
                       '</text>')
     for name, value in levels.items():
@@ -1159,9 +1142,9 @@ def panel(top, title, curves, levels):
     for name, found in curves.items():
         some = found[::len(found) // 500 + 1] + found[-1:]
         path = "L".join(f"{x(step)} {y(value)}" for step, value in some)
-        # Another run's curve is grey and dashed
-        colour, dash = COLOURS.get(name, "#888"), "none" if name in COLOURS else "9 5"
-        shapes.append(f'<path stroke="{colour}" stroke-dasharray="{dash}" d="M{path}"/>')
+        colour = COLOURS.get(name, "#888")  # another run's curve is grey and dashed
+        dashes = "none" if name in COLOURS else "9 5"
+        shapes.append(f'<path stroke="{colour}" stroke-dasharray="{dashes}" d="M{path}"/>')
         names.append((y(found[-1][1]), f"{name} {found[-1][1]:.4g}", colour))
     lowest = top + 322
     for place, name, colour in sorted(names, reverse=True):
@@ -1591,39 +1574,34 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, saved):
-    """The reverse. Return the names of the parameters whose state has another shape."""
+    """The reverse. Raises ValueError for a state of other shapes."""
     names = {p: name for name, p in model.named_parameters()}
     learned = sum((group["params"] for group in optimizer.param_groups), [])
-    states, unfit = {}, []
+    states = {}
     for number, p in enumerate(learned):  # torch counts parameters, and so did older checkpoints
         state = saved.get(names[p]) or saved.get(number) or {}
         if any(value.shape not in ((), p.shape) for value in state.values()):
-            unfit.append(names[p])
-        elif state:
+            raise ValueError(f"another shape of {names[p]}")
+        if state:
             states[number] = {name: value.clone() for name, value in state.items()}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-    return unfit
 
 
 def load_training_state(path, model, optimizer, scaler, always):
     """Resume from ckpt.pt, whose weights the model has already; return (step, lowest validation
-    loss). What does not fit is an error, or starts anew if the run goes on in any case."""
+    loss). Where the run goes on in any case, an optimizer that does not fit starts anew."""
     found = read_checkpoint(path, start_over(path.parent))
     try:
-        saved = found["optimizer"]["state"]
         if always and "make_optimizer" in other_code(found):
-            saved = {}
-            print("note: the optimizer is another one and starts anew")
-        unfit = load_optimizer_state(model, optimizer, saved)
+            raise ValueError("another optimizer")
+        load_optimizer_state(model, optimizer, found["optimizer"]["state"])
         if scaler.is_enabled() and "scaler" in found["optimizer"]:
             scaler.load_state_dict(found["optimizer"]["scaler"])
-    except (LookupError, TypeError, AttributeError) as error:
-        unfit, always = [repr(error)], False
-    if unfit and not always:
-        raise UserError(f"{path} does not fit its optimizer ({unfit[0]:.99}); "
-                        f"{start_over(path.parent)}")
-    if unfit:
-        print(f"note: the optimizer's state of {len(unfit)} parameters starts anew")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if not always:
+            raise UserError(f"the optimizer's state in {path} does not fit ({error!r:.99}); "
+                            f"{start_over(path.parent)}") from None
+        print(f"note: the optimizer starts anew ({error})")
     return found["step"], found["best_val_loss"]
 
 
@@ -2129,11 +2107,11 @@ def main(argv=None):
             adopt_shape(s, given, s.init_from or Path(s.out_dir or f"out/{s.preset}") / "best.pt")
             return report_evaluation(s, process)
         open_data(s.data_dir)  # its mistakes come before a new folder
-        place = process.from_master(lambda: choose_folder(s, process))
-        words = sys.argv[1:] if argv is None else argv
-        place.command = shlex.join(["python", "train_gpt2.py", *words])
-        if place.checkpoint or s.init_from:
-            adopt_shape(s, given, place.checkpoint or s.init_from)
+        command = shlex.join(["python", "train_gpt2.py", *(sys.argv[1:] if argv is None else argv)])
+        place = process.from_master(lambda: choose_folder(s, command, process))
+        source = place.checkpoint or s.init_from
+        if source:
+            adopt_shape(s, given, source)
         return train(s, place, process)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
