@@ -33,6 +33,7 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     encode_prompt,
     is_out_of_memory,
     keep_memory,
+    load_checkpoint,
     load_model,
     parse_settings,
     pick_device,
@@ -101,7 +102,7 @@ def table_row(tokenizer, token, probs):
     prob = probs[token].item()
     rank = int((probs > prob).sum()) + 1
     entropy = torch.special.entr(probs).sum().item() / math.log(2)  # entr(p): -p ln p
-    best = probs.argsort(descending=True)[:4].tolist()
+    best = probs.argsort(descending=True, stable=True)[:4].tolist()
     others = [f"{quoted(tokenizer, i)} {probs[i]:.1%}" for i in best if i != token]
     cell = quoted(tokenizer, token)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in cell)  # take two columns
@@ -116,7 +117,8 @@ def print_table(tokenizer, prompt, stream):
     distribution in bits (how undecided the model was) and the likeliest alternatives.
     Probabilities are the model's own, before temperature, top_k and top_p change them."""
     print(prompt)
-    print(f"{'token':<18}{'prob':>8}{'rank':>7}{'entropy':>9}   alternatives", flush=True)
+    print(f"{'token':<18}{'prob':>8}{'rank':>7}{'entropy':>9}   alternatives "
+          "(all at temperature 1)", flush=True)
     bits = 0.0  # -log2 of the text's probability
     size = 0  # the text's bytes
     try:
@@ -150,8 +152,8 @@ def first_text(model, s, ids, texts):
     the tokens of all texts to `texts`, and go on until each has ended."""
     idx = torch.tensor(ids, device=model.device).expand(len(texts), -1)  # (num_samples, T)
     running = set(range(len(texts)))
-    options = (s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed)
-    for tokens, logits in stream_tokens(model, idx, *options):
+    stream = stream_tokens(model, idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed)
+    for tokens, logits in stream:
         tokens = tokens.tolist()
         if 0 in running:
             yield tokens[0], logits[0]
@@ -171,6 +173,11 @@ def write_texts(model, s, prompt):
     block_size = model.config.block_size
     if len(ids) > block_size:
         note(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,}")
+    if END_OF_TEXT in prompt:
+        note(f"{END_OF_TEXT} in a prompt is plain text: it ends no document")
+    if prompt.endswith(" ") and model.tokenizer.eot is not None:
+        note("the prompt ends with a space. This tokenizer's words begin with one, so the text may "
+             "be better without it")
     texts = [[] for _ in range(s.num_samples)]  # the tokens of each
     stream = first_text(model, s, ids, texts)
     if s.explain:
@@ -205,6 +212,7 @@ def converse(model, s):
 
 # ---- Export to transformers ----------------------------------------------------------------------
 
+OTHER_CODE = "was trained by other model code: put its run's train_gpt2.py back, or train it again"
 UNFINISHED = "starts_documents: this export was not finished"
 ANOTHER = ("only sample.py and GPT.from_checkpoint can use this model: it computes another "
            "function than transformers' GPT-2: ")
@@ -215,6 +223,8 @@ def check_size(model):
     c, C = model.config, model.config.n_embd
     expected = c.n_layer * (12 * C + 13) * C  # blocks: four matrices; their biases and two norms
     expected += (c.vocab_size + c.block_size + 2) * C  # two embeddings and the last norm
+    if not getattr(c, "tie_weights", True):
+        expected += c.vocab_size * C
     found = sum(tensor.numel() for tensor in model.state_dict().values())
     if found != expected:
         raise UserError(f"{ANOTHER}it has {found:,} parameters, not {expected:,}")
@@ -229,7 +239,7 @@ def config_of(model):
         "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
         "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": getattr(c, "tie_weights", True),
         "bos_token_id": eot, "eos_token_id": eot,
         "starts_documents": model.starts_documents}  # for prepare_data.py; transformers ignores it
 
@@ -247,13 +257,13 @@ def spelled(token):
 def last_merge(token, ranks):
     """The two parts that were merged to this token, the last of its merges. `ranks` are the ids
     of all tokens. Raises UserError for a token that no merges make."""
-    parts = [token[i:i + 1] for i in range(len(token))]
+    parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         ranked = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
         i = ranked.index(min(ranked))
         if ranked[i] >= ranks[token]:
             raise UserError(f"no merges make the token {token!r}: it cannot be exported")
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i] += parts.pop(i + 1)
     return parts
 
 
@@ -339,6 +349,8 @@ def export(model, folder):
     before.
     """
     folder = Path(folder)
+    if getattr(model, "is_edited", False):
+        raise UserError(f"the model {OTHER_CODE}")
     if model.device.type != "cpu" or model.transformer.wte.weight.dtype != torch.float32:
         model = copy.deepcopy(model).cpu().float()  # other dtypes round too much to compare
     check_size(model)
@@ -386,26 +398,36 @@ def check_settings(s):
 
 
 def newest_checkpoint():
-    """The latest out/*/best.pt that training wrote. Raises UserError where there is none."""
+    """The latest out/*/best.pt that training wrote, or the ckpt.pt beside it where that best.pt
+    has the weights before training. Raises UserError where there is none."""
     # Converted weights have no log beside them: they are used only when they are named
     found = [path for path in Path("out").glob("*/best.pt") if path.with_name("log.csv").exists()]
     if not found:
         raise UserError("there is no trained model under out/: train one with python "
                         "train_gpt2.py, or name one: --checkpoint=FILE")
-    return max(found, key=os.path.getmtime)
+    best = max(found, key=os.path.getmtime)
+    latest = best.with_name("ckpt.pt")
+    if latest.exists() and load_checkpoint(best)["step"] == 0:
+        step = load_checkpoint(latest)["step"]
+        if step > 0:
+            note(f"{best} is of step 0, so {latest} of step {step:,} is used")
+            return latest
+    return best
 
 
 def read_prompt(prompt):
     """The text that --prompt stands for. Raises UserError for what cannot be read as UTF-8."""
-    source = "stdin"
-    if prompt.startswith("@"):
-        source = prompt[1:] or "a file without a name"
+    source = "the command line"
     try:
-        if prompt.startswith("@"):
-            return Path(prompt[1:]).read_text(encoding="utf-8")
         if prompt == "-":
-            prompt = sys.stdin.read()
-            prompt.encode()  # some locales let invalid bytes through as surrogates: they fail here
+            source = "stdin"
+            if hasattr(sys.stdin, "reconfigure"):
+                sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
+            return sys.stdin.read()
+        if prompt.startswith("@"):
+            source = prompt[1:] or "a file without a name"
+            return Path(os.path.expanduser(prompt[1:])).read_text(encoding="utf-8-sig")
+        prompt.encode()  # bytes that are no text in this locale fail here
         return prompt
     except OSError as error:
         raise UserError(f"cannot read the prompt from {source}: {error.strerror}") from None
@@ -413,17 +435,24 @@ def read_prompt(prompt):
         raise UserError(f"cannot read the prompt from {source}: it is not UTF-8 text") from None
 
 
+def check_logits(model, inputs, outputs):
+    """A hook that runs after each forward pass. Raises UserError for logits that are not finite."""
+    logits, _ = outputs
+    if not logits.amax(dim=-1).isfinite().all():  # -inf may rule out some tokens, not all
+        raise UserError("the model's logits are not finite: try --dtype=float32, or train it again")
+
+
 def run(s, path, device, prompt):
     """Load the model and do what the settings ask for."""
     model = load_model(path)
-    if model.is_edited:
-        note(f"{path} was written by other model code. If the text is poor, go back to that code, "
-             "or train again")
+    model.register_forward_hook(check_logits)
     if s.export:
         export(model, s.export)
         print(f"{s.export} is ready, made from {path}: "
               f"AutoModelForCausalLM.from_pretrained({s.export!r})")
         return
+    if model.is_edited:
+        note(f"{path} {OTHER_CODE}")
     model = model.to(device, pick_dtype(s.dtype, device))
     if s.interactive:
         print(f"This is {path}.", end=" ")
@@ -434,9 +463,18 @@ def run(s, path, device, prompt):
         note(f"generated by {path}, the newest model here")
 
 
+def read_settings(argv):
+    try:
+        return parse_settings(Settings, argv, __doc__, bare="prompt")[0]
+    except UserError as error:
+        if "-" in str(error)[:2]:  # an option's name
+            raise
+        raise UserError(f"{error}. A prompt of several words: put it in quotes") from None
+
+
 @reports_mistakes
 def main(argv=None):
-    s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
+    s = read_settings(argv)
     check_settings(s)
     keep_memory()
     device = pick_device(s.device)

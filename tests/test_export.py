@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FULL, agree, contents, random_model
+from conftest import FULL, agree, contents, posix, random_model, small_files
 from test_changes import use_silu
 
 import sample
@@ -36,6 +36,7 @@ def opens_alike(ours, folder):
     idx = torch.randint(300, (2, 6), generator=torch.Generator().manual_seed(1))
     text = theirs.generate(idx, max_new_tokens=16, do_sample=False, pad_token_id=0)
     assert torch.equal(ours.generate(idx, 16, temperature=0), text)
+    return theirs
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['n_embd']} wide")
@@ -43,6 +44,17 @@ def test_transformers_computes_the_same(shape, tmp_path):
     ours = random_model(**shape)
     sample.export(ours, tmp_path / "new" / "folder")
     opens_alike(ours, tmp_path / "new" / "folder")
+
+
+def test_a_head_of_its_own(tmp_path, monkeypatch):
+    ours = random_model()
+    ours.config.tie_weights = False
+    ours.lm_head = torch.nn.Linear(16, 300, bias=False)
+    monkeypatch.setattr(train_gpt2, "unembed", lambda x, _: ours.lm_head(x))
+    sample.export(ours, tmp_path)
+    theirs = opens_alike(ours, tmp_path)
+    assert not theirs.config.tie_word_embeddings
+    assert torch.equal(theirs.lm_head.weight, ours.lm_head.weight)
 
 
 def test_without_safetensors_from_bfloat16(tmp_path, monkeypatch):
@@ -105,11 +117,14 @@ def adds_to_mlp(name, make):
     return edit
 
 
+def no_bias(C):
+    return torch.nn.Linear(C, 4 * C, bias=False)
+
+
 EDITS = {  # what has changed: (an edit, what the message says)
     "the function": (use_silu, "differ by"),
     "a weight more": (adds_to_mlp("gate", lambda C: torch.nn.Linear(C, 4)), "it has 8,564 param"),
-    "a weight less": (adds_to_mlp("c_fc", lambda C: torch.nn.Linear(C, 4 * C, bias=False)),
-                      "it has 8,432 parameters, not 8,496"),
+    "a weight less": (adds_to_mlp("c_fc", no_bias), "it has 8,432 parameters, not 8,496"),
     "a shape": (adds_to_mlp("c_proj", lambda C: Conv1D(C, 4 * C)), "differ by"),
 }
 
@@ -129,6 +144,18 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
         assert "\n" not in str(error.value)
     assert capsys.readouterr().err == ""
     assert contents(tmp_path) == before
+
+
+def test_without_transformers_the_number_of_weights_decides(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        sample.export(random_model(BYTES), tmp_path / "plain")
+        assert "its logits were not compared" in capsys.readouterr().err
+        adds_to_mlp("c_fc", no_bias)(patch)
+        with pytest.raises(UserError, match="parameters, not"):
+            sample.export(random_model(BYTES), tmp_path / "edited")
+    assert os.listdir(tmp_path) == ["plain"]
+    opens_alike(random_model(BYTES), tmp_path / "plain")
 
 
 def test_another_models_folder_is_refused(tmp_path, capsys):
@@ -155,6 +182,40 @@ def test_a_tokenizer_that_gpt2_has_not(tmp_path, capsys):
         sample.export(letters, tmp_path / "bytes")
 
 
+# ---- Never half written ----
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_killed_export_cannot_be_opened(moves, tmp_path, monkeypatch):
+    """Killed after each of its six moves into the folder of an earlier export. The next export
+    replaces what was left."""
+    sample.export(random_model(BYTES, scale=2), tmp_path)
+    replace, done = os.replace, []
+
+    def dies(source, target):
+        replace(source, target)
+        done.append(target.parent)
+        if done.count(tmp_path) > moves:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sample.export(random_model(BYTES), tmp_path)
+    monkeypatch.undo()
+    if moves < 5:
+        with pytest.raises(OSError, match="not a valid JSON"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        sample.export(random_model(BYTES), tmp_path)
+    opens_alike(random_model(BYTES), tmp_path)
+
+
+@posix
+def test_a_full_disk(tmp_path):
+    before = contents(tmp_path)
+    with small_files(5000), pytest.raises(UserError, match="cannot write .*model.safetensors"):
+        sample.export(random_model(BYTES), tmp_path / "new" / "folder")
+    assert contents(tmp_path) == before
+
+
 # ---- The command line ----
 
 
@@ -169,3 +230,12 @@ def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):
     [line] = captured.err.splitlines()
     assert "put <|endoftext|> before each prompt" in line
     assert transformers.AutoTokenizer.from_pretrained("folder")("abc")["input_ids"] == [257]
+
+
+def test_other_model_code_is_not_exported(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "best.pt"
+    torch.save(train_gpt2.make_checkpoint(random_model()), path)
+    monkeypatch.setattr(train_gpt2, "model_code", lambda: "edited")
+    with pytest.raises(UserError, match="trained by other model code"):
+        sample.export(train_gpt2.GPT.from_checkpoint(path), tmp_path / "new")
+    assert os.listdir(tmp_path) == ["best.pt"]
