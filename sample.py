@@ -33,11 +33,11 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     encode_prompt,
     is_out_of_memory,
     keep_memory,
-    load_checkpoint,
     load_model,
     parse_settings,
     pick_device,
     pick_dtype,
+    read_checkpoint,
     reports_mistakes,
     stream_tokens,
     write_atomically,
@@ -212,7 +212,8 @@ def converse(model, s):
 
 # ---- Export to transformers ----------------------------------------------------------------------
 
-OTHER_CODE = "was trained by other model code: put its run's train_gpt2.py back, or train it again"
+OTHER_CODE = ("was trained by other code in {}: put that back (the run's folder has its "
+              "train_gpt2.py), or train again")
 UNFINISHED = "starts_documents: this export was not finished"
 ANOTHER = ("only sample.py and GPT.from_checkpoint can use this model: it computes another "
            "function than transformers' GPT-2: ")
@@ -349,8 +350,8 @@ def export(model, folder):
     before.
     """
     folder = Path(folder)
-    if getattr(model, "is_edited", False):
-        raise UserError(f"the model {OTHER_CODE}")
+    if model.code_difference:
+        raise UserError("the model " + OTHER_CODE.format(" and ".join(model.code_difference)))
     if model.device.type != "cpu" or model.transformer.wte.weight.dtype != torch.float32:
         model = copy.deepcopy(model).cpu().float()  # other dtypes round too much to compare
     check_size(model)
@@ -407,8 +408,8 @@ def newest_checkpoint():
                         "train_gpt2.py, or name one: --checkpoint=FILE")
     best = max(found, key=os.path.getmtime)
     latest = best.with_name("ckpt.pt")
-    if latest.exists() and load_checkpoint(best)["step"] == 0:
-        step = load_checkpoint(latest)["step"]
+    if latest.exists() and read_checkpoint(best)["step"] == 0:
+        step = read_checkpoint(latest)["step"]
         if step > 0:
             note(f"{best} is of step 0, so {latest} of step {step:,} is used")
             return latest
@@ -451,8 +452,8 @@ def run(s, path, device, prompt):
         print(f"{s.export} is ready, made from {path}: "
               f"AutoModelForCausalLM.from_pretrained({s.export!r})")
         return
-    if model.is_edited:
-        note(f"{path} {OTHER_CODE}")
+    if model.code_difference:
+        note(f"{path} " + OTHER_CODE.format(" and ".join(model.code_difference)))
     model = model.to(device, pick_dtype(s.dtype, device))
     if s.interactive:
         print(f"This is {path}.", end=" ")

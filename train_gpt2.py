@@ -132,7 +132,7 @@ PRESETS = {
         init_std=None, batch_size=32, max_steps=10_000, warmup_steps=200, learning_rate=3e-4,
         eval_tokens=1_048_576),
     "finetune": dict(  # of weights that learned much already: small steps, and few
-        rows="stream", block_size=256, batch_size=4, max_steps=200, warmup_steps=20,
+        rows="stream", block_size=256, batch_size=8, max_steps=200, warmup_steps=20,
         learning_rate=3e-5, dropout=0.1, eval_every=20, sample_every=100, checkpoint_every=100,
         log_every=10, eval_tokens=65_536),
     "gpt2_mini": _OFTEN | dict(  # 65,536 tokens * 7,629 steps = 0.5 billion
@@ -219,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, -1, head_dim).transpose(1, 2)
         v = v.view(B, T, -1, head_dim).transpose(1, 2)
         if cache is not None:  # prepend the keys and values of earlier tokens
-            k, v = cache.extend(self, k, v)  # (B, n_head, S, head_dim)
+            k, v = cache.extend(k, v)  # (B, n_head, S, head_dim)
         dropout = self.dropout if self.training else 0.0
         y = causal_attention(q, k, v, dropout, self.flash)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -283,6 +283,7 @@ class GPT(nn.Module):
         self.config = config
         self.tokenizer = None  # a loaded model has one, so that it can write
         self.starts_documents = False  # did each training row begin a document?
+        self.code_difference = []  # functions that its training code had otherwise
         self.transformer = nn.ModuleDict({  # OpenAI's names, to fit their weights
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
@@ -322,7 +323,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         T = idx.size(1)
-        start = 0 if cache is None else cache.length
+        start = 0
+        if cache is not None:
+            start, cache.layer = cache.length, 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # (T,)
@@ -386,15 +389,17 @@ class KVCache:
     def __init__(self, max_length):
         self.max_length = max_length  # tokens that fit in
         self.length = 0  # tokens in it
-        self.layers = {}  # layer -> (keys, values), each (B, n_head, max_length, head_dim)
+        self.layers = []  # (keys, values) of each, (B, n_head, max_length, head_dim)
+        self.layer = 0  # the next to be extended: each pass goes through them in order
 
-    def extend(self, layer, k, v):
+    def extend(self, k, v):
         """Add k and v of T new tokens, (B, n_head, T, head_dim); return those of all S tokens."""
-        if layer not in self.layers:
+        if self.layer == len(self.layers):
             B, n_head, _, head_dim = k.shape
             shape = (B, n_head, self.max_length, head_dim)
-            self.layers[layer] = k.new_empty(shape), v.new_empty(shape)
-        keys, values = self.layers[layer]
+            self.layers.append((k.new_empty(shape), v.new_empty(shape)))
+        keys, values = self.layers[self.layer]
+        self.layer += 1
         end = self.length + k.size(2)
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
@@ -643,9 +648,9 @@ class Run:
         with writing(self.folder):
             for path in stale:
                 path.unlink(missing_ok=True)
-            for name, size in (self.progress.get("sizes") or self.sizes).items():
-                with open(self.folder / name, "ab") as file:
-                    file.truncate(min(size, file.tell()))
+        for name, size in (self.progress.get("sizes") or self.sizes).items():
+            with writing(self.folder / name), open(self.folder / name, "ab") as file:
+                file.truncate(min(size, file.tell()))
         if self.start == 0:
             self.append("log.csv", ",".join(LOG_COLUMNS) + "\n")
             write_text(self.folder / "train_gpt2.py", CODE)
@@ -851,8 +856,8 @@ def choose_folder(s, command, process):
     resumed, why, number = None, "", 1
     while not s.overwrite and is_taken(place.folder):
         why = "holds other files"
-        if (place.folder / "ckpt.pt").exists():
-            found = read_checkpoint(place.folder / "ckpt.pt", start_over(place.folder))
+        if os.path.exists(place.folder / "ckpt.pt"):
+            found = read_checkpoint(place.folder / "ckpt.pt")
             why = difference(found, s)
             if s.resume == "always" or not why:
                 resumed = place.folder, found
@@ -872,7 +877,7 @@ def choose_folder(s, command, process):
 
 def is_taken(folder):
     """Has a run written there, or somebody else? A run that did no step has left its lock only."""
-    names = os.listdir(folder) if folder.is_dir() else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
 
@@ -919,12 +924,14 @@ def start_over(folder):
 
 def lock_folder(folder):
     """A lock until this process ends. Raises UserError where another run has it."""
-    try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            return filelock.FileLock(folder / ".lock").acquire(timeout=0).lock
-    except filelock.Timeout:
-        raise UserError(f"another run uses {folder}: stop it, or change --out_dir") from None
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"another run uses {folder}: stop it, or change --out_dir") from None
+        return lock
 
 
 def read_log(folder):
@@ -1025,7 +1032,7 @@ def model_part(found):
 def other_run(s, base, place):
     """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
     folder = Path(s.compare or (base if place.folder != base else f"out/{s.preset}"))
-    if not folder.exists() and not s.compare or folder.resolve() == place.folder.resolve():
+    if not (s.compare or os.path.exists(folder)) or folder.resolve() == place.folder.resolve():
         return None
     try:
         settings = read_checkpoint(folder / "ckpt.pt")["settings"]
@@ -1264,7 +1271,8 @@ class Tokenizer:
     {"kind": "gpt2"}, OpenAI's 50,257 tokens; {"kind": "bpe", "ranks": [...]}, a byte-level BPE,
     its tokens in order, a character per byte; {"kind": "sentencepiece"}, "ranks" and the "model";
     {"kind": "char", "alphabet": "..."}, the characters of one corpus. `eot` is the id of
-    <|endoftext|>, None for char. Raises UserError for another spec or a missing vocabulary."""
+    <|endoftext|>, None for char. Raises ValueError for another spec, UserError where OpenAI's
+    vocabulary is missing."""
 
     def __init__(self, spec):
         self.spec, self.eot, kind = spec, None, spec.get("kind")
@@ -1327,7 +1335,7 @@ class Tokenizer:
 
 
 def tokens_of(spec):
-    """The tokens of a spec, bytes each. Raises UserError unless they can write every text."""
+    """The tokens of a spec, bytes each. Raises ValueError unless they can write every text."""
     kind, tokens = spec.get("kind"), []
     with suppress(LookupError, TypeError, AttributeError, UnicodeError):
         if kind == "char":
@@ -1337,8 +1345,8 @@ def tokens_of(spec):
     distinct = set(tokens)
     lacks_bytes = kind == "bpe" and sum(len(token) == 1 for token in distinct) < 256
     if not tokens or lacks_bytes or (len(distinct) < len(tokens) and kind != "sentencepiece"):
-        raise UserError(f"{str(spec)[:50]} is no tokenizer: its tokens must be distinct and write "
-                        "all bytes")
+        raise ValueError(f"{str(spec)[:50]} is no tokenizer: its tokens must be distinct and write "
+                         "all bytes")
     return tokens
 
 
@@ -1428,6 +1436,8 @@ def open_data(data_dir):
         if "skills" in meta:
             skills = np.load(path.with_name("skills.npy"))
         return Data(meta, Tokenizer(meta["tokenizer"]), skills)
+    except UserError:  # the vocabulary is missing, which is not the folder's fault
+        raise
     except Exception as error:
         raise UserError(f"{path} is damaged ({error}); {how_to_prepare(data_dir)}") from None
 
@@ -1502,13 +1512,25 @@ def converted_path(name):
     return Path("out") / Path(name).resolve().name / "best.pt"
 
 
-def read_checkpoint(path, hint=""):
+def way_out(path):
+    """What else to do where a run's checkpoint does not serve."""
+    path = Path(path)
+    return f"; {start_over(path.parent)}" if path.name == "ckpt.pt" else ""
+
+
+def not_valid(path, reason):
+    """The UserError for a file that is no whole checkpoint."""
+    reason = reason[:150].replace("\n", " ")
+    return UserError(f"{path} is not a valid checkpoint ({reason}){way_out(path)}")
+
+
+def read_checkpoint(path):
     """The dict in a checkpoint, its tensors still in the file. Only plain data is unpickled.
-    Raises UserError, with `hint`, for a file that is none."""
+    Raises UserError for a file that is none."""
+    hint = f"name a run's best.pt, or try: python prepare_data.py {path}"
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
     if not os.path.isfile(path):
-        hint = hint or f"name a run's best.pt, or try: python prepare_data.py {path}"
         raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
         with warnings.catch_warnings():
@@ -1519,12 +1541,13 @@ def read_checkpoint(path, hint=""):
         check_shape(config)
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
             raise ValueError("its step or loss is impossible")
-        found["model"].values(), found["settings"].values(), found["tokenizer"].values()
+        for key in ("config", "model", "settings", "tokenizer"):
+            found[key].keys()
         return found
+    except KeyError as error:
+        raise not_valid(path, f"it lacks {error}") from None
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        hint = f"({reason:.150}) {hint}".replace("\n", " ").strip()
-        raise UserError(f"{path} is not a valid checkpoint {hint}") from None
+        raise not_valid(path, str(error)) from None
 
 
 def fitting_weights(model, found, path, lenient=False):
@@ -1537,12 +1560,12 @@ def fitting_weights(model, found, path, lenient=False):
         if names:
             raise UserError(f"{path} was trained by other code in {' and '.join(names)}: put that "
                             "back (the run's folder has its train_gpt2.py), or name another")
-        raise UserError(f"{path} has other shapes than this model code: {name} is "
-                        f"{theirs.get(name)} there, {ours.get(name)} here")
+        raise not_valid(path, f"this model code has another {name}: {ours.get(name)}, "
+                              f"not {theirs.get(name)}")
     weights = found["model"].values()
     if 4 * sum(tensor.numel() for tensor in weights) > os.path.getsize(path) or \
             not all(tensor.isfinite().all() for tensor in weights):
-        raise UserError(f"{path} is not a valid checkpoint: it lacks weights, or they are infinite")
+        raise not_valid(path, "its weights are incomplete or infinite")
     return {name: found["model"][name] for name in ours if ours[name] == theirs.get(name)}
 
 
@@ -1550,6 +1573,7 @@ def load_model(path, device="cpu", lenient=False, **changes):
     """The model in a checkpoint, parts of its config changed, ready to generate text. Where it is
     lenient, weights that do not fit an edited model start anew."""
     found = read_checkpoint(path)
+    lenient = lenient and bool(other_code(found))
     if path in OPENAI_NAMES:
         path = converted_path(path)
     config = GPTConfig(**found["config"] | changes)
@@ -1560,9 +1584,12 @@ def load_model(path, device="cpu", lenient=False, **changes):
     model.new_weights = [name for name in model.state_dict() if name not in weights]
     model.code_difference = other_code(found, of_model=True)
     if found["tokenizer"]:
-        model.tokenizer = Tokenizer(found["tokenizer"])
+        try:
+            model.tokenizer = Tokenizer(found["tokenizer"])
+        except ValueError as error:
+            raise not_valid(path, str(error)) from None
         if model.tokenizer.vocab_size != config.vocab_size:
-            raise UserError(f"{path} is not a valid checkpoint: its tokenizer has another size")
+            raise not_valid(path, "its tokenizer has another size")
     model.starts_documents = found["settings"].get("rows") == "documents"
     return model.to(device).eval()
 
@@ -1590,7 +1617,7 @@ def load_optimizer_state(model, optimizer, saved):
 def load_training_state(path, model, optimizer, scaler, always):
     """Resume from ckpt.pt, whose weights the model has already; return (step, lowest validation
     loss). Where the run goes on in any case, an optimizer that does not fit starts anew."""
-    found = read_checkpoint(path, start_over(path.parent))
+    found = read_checkpoint(path)
     try:
         if always and "make_optimizer" in other_code(found):
             raise ValueError("another optimizer")
@@ -1599,8 +1626,7 @@ def load_training_state(path, model, optimizer, scaler, always):
             scaler.load_state_dict(found["optimizer"]["scaler"])
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         if not always:
-            raise UserError(f"the optimizer's state in {path} does not fit ({error!r:.99}); "
-                            f"{start_over(path.parent)}") from None
+            raise not_valid(path, f"its optimizer does not fit: {error!r}") from None
         print(f"note: the optimizer starts anew ({error})")
     return found["step"], found["best_val_loss"]
 
@@ -1772,14 +1798,15 @@ def build_model(s, tokenizer, process):
 
 def adopt_shape(s, given, path):
     """The weights in a file have their own shape; only the rows may be shorter."""
-    config = read_checkpoint(path)["config"]
+    config = GPTConfig(**read_checkpoint(path)["config"])
     for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "tie_weights"):
-        if given.get(name, config.get(name, True)) != config.get(name, True):
-            raise UserError(f"{path} has {name}={config[name]}: leave that out")
-    context = config["block_size"]
-    if given.get("block_size", 0) > context:
-        raise UserError(f"{path} has a context of {context} tokens: lower --block_size")
-    s.block_size = min((PRESETS[s.preset] | given).get("block_size", context), context)
+        if given.get(name, getattr(config, name)) != getattr(config, name):
+            raise UserError(f"{path} has {name}={getattr(config, name)}: leave that out"
+                            + way_out(path))
+    if given.get("block_size", 0) > config.block_size:
+        raise UserError(f"{path} has a context of {config.block_size}: lower --block_size")
+    wanted = (PRESETS[s.preset] | given).get("block_size", config.block_size)
+    s.block_size = min(wanted, config.block_size)
     s.init_from = str(path)
 
 
@@ -1979,7 +2006,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     without dashes set the setting `bare`. In the source of cls, the comment behind a setting is
     its help, and a comment on a line of its own heads a group."""
     parser = Parser(usage="%(prog)s [--name=value ...]", description=doc, allow_abbrev=False,
-                    epilog="presets: " + ", ".join(presets) if presets else "",
+                    epilog="\n  ".join(["presets:", *presets]) if presets else "",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = typing.get_type_hints(cls)
     group = parser
@@ -2072,7 +2099,8 @@ def check_settings(s):
     check_ranges(s, min_lr=(0, s.learning_rate), init_std=(1e-9, 1e9), beta1=below_1, beta2=below_1)
     check_shape(s)
     if tokens_in_a_step(s) > 2**27:
-        raise UserError(f"total_batch_size is {tokens_in_a_step(s):,}: it must be below {2**27:,}")
+        raise UserError(f"total_batch_size is {tokens_in_a_step(s):,}: it must be from 1 to "
+                        f"{2**27:,}")
     if s.preset == "finetune" and not s.init_from:
         raise UserError("finetune needs weights: --init_from=gpt2, or a run's best.pt")
     if s.resume == "always" and s.overwrite:

@@ -144,7 +144,7 @@ def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
         (broken / name).unlink()
     assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
     texts = [(folder / "report.md").read_text(encoding="utf-8") for folder in (whole, broken)]
-    assert texts[0] == texts[1] and texts[0].startswith("# run\n") and plan[0] in texts[0]
+    assert texts[0] == texts[1].replace(str(broken), str(whole)) and texts[0].startswith("# run\n") and plan[0] in texts[0]
     assert re.findall(r"^\| (\d+) \|", texts[0], re.M) == ["0", "10", "20", "30"]
     assert re.findall(r"^## Step (\d+)", texts[1], re.M) == ["10", "20", "30"]
     assert (whole / "loss.svg").read_bytes() == (broken / "loss.svg").read_bytes()

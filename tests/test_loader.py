@@ -90,11 +90,11 @@ def test_documents_get_their_own_rows(tmp_path):
 
 def test_presets_run_on_any_number_of_processes():
     for preset in PRESETS.values():
-        s = Settings(**preset)
+        s = Settings(**preset, init_from="gpt2")  # which finetune asks for
         train_gpt2.check_settings(s)
         for size in (1, 2, 4, 8):
             rows, at_once = train_gpt2.plan_batch(s, SimpleNamespace(world_size=size))
-            assert rows == s.total_batch_size // s.block_size
+            assert rows == train_gpt2.tokens_in_a_step(s) // s.block_size
             assert at_once <= s.batch_size and rows // size % at_once == 0
 
 

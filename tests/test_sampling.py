@@ -282,10 +282,10 @@ def test_logits_that_are_not_finite(option, trained, capsys):
 
 
 def test_other_model_code_gives_a_note(trained, capsys, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "model_code", lambda: "edited")
+    monkeypatch.setattr(train_gpt2, "CODE", train_gpt2.CODE.replace("nn.GELU(", "nn.SiLU("))
     sample.main(["Once", f"--checkpoint={BEST}", "--max_new_tokens=3"])
     [line] = capsys.readouterr().err.splitlines()
-    assert "other model code" in line
+    assert "trained by other code in MLP" in line
 
 
 OPTIONS = {  # given: what arrives as (max_new_tokens, temperature, top_k, top_p, seed)

@@ -146,7 +146,7 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
     assert run.process.is_alive()  # it would finish its step
     os.kill(run.process.pid, signal.SIGINT)
     status, output = run.wait(5)
-    assert status == 130 and "Traceback" not in output
+    assert status == -signal.SIGINT and "Traceback" not in output
 
 
 # ---- Disks ----
@@ -246,7 +246,7 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
             "--grad_accum_steps=1"]
     train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
     state = train_gpt2.read_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
-    skipped = 12 - int(state["state"][0]["step"])
+    skipped = 12 - int(next(iter(state["state"].values()))["step"])
     assert 2 < skipped < 12 and state["scaler"]["scale"] == 2.0**25 / 2**skipped
     stopped(3, argv)
     train_gpt2.main(argv)
