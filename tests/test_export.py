@@ -46,6 +46,13 @@ def test_transformers_computes_the_same(shape, tmp_path):
     opens_alike(ours, tmp_path / "new" / "folder")
 
 
+def test_layers_that_share_their_weights(tmp_path):
+    ours = random_model(n_layer=2)
+    ours.transformer.h[1] = ours.transformer.h[0]
+    sample.export(ours, tmp_path)
+    agree(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_a_head_of_its_own(tmp_path, monkeypatch):
     ours = random_model()
     ours.config.tie_weights = False
