@@ -246,8 +246,7 @@ def config_of(model):
 
 
 # GPT-2 writes these bytes as the characters from number 256 on, the others as themselves
-UNPRINTABLE = [*range(33), *range(127, 161), 173]
-CHARACTERS = {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
+CHARACTERS = {byte: 256 + i for i, byte in enumerate([*range(33), *range(127, 161), 173])}
 
 
 def spelled(token):
@@ -290,11 +289,12 @@ def tokenizer_files(model):
 def write_weights(model, folder):
     """Write the weights for safetensors, or for torch where that is not installed. Returns the
     file's name."""
-    weights = model.state_dict()
-    for name, tensor in weights.items():
+    weights = {}
+    for name, tensor in model.state_dict().items():
         if name.startswith("transformer.h.") and tensor.dim() == 2:
-            # torch's Linear stores (out, in), the Conv1D of transformers (in, out)
-            weights[name] = tensor.t().contiguous()
+            tensor = tensor.t()  # torch's Linear stores (out, in), transformers' Conv1D (in, out)
+        # A copy: layers may share their weights, which safetensors refuses
+        weights[name] = tensor.clone(memory_format=torch.contiguous_format)
     try:
         from safetensors.torch import save
     except ImportError:
@@ -422,14 +422,12 @@ def read_prompt(prompt):
     try:
         if prompt == "-":
             source = "stdin"
-            if hasattr(sys.stdin, "reconfigure"):
-                sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
             return sys.stdin.read()
         if prompt.startswith("@"):
             source = prompt[1:] or "a file without a name"
             return Path(os.path.expanduser(prompt[1:])).read_text(encoding="utf-8-sig")
-        prompt.encode()  # bytes that are no text in this locale fail here
-        return prompt
+        # What this locale could not decode may be UTF-8
+        return prompt.encode(errors="surrogateescape").decode()
     except OSError as error:
         raise UserError(f"cannot read the prompt from {source}: {error.strerror}") from None
     except ValueError:
@@ -478,6 +476,8 @@ def main(argv=None):
     s = read_settings(argv)
     check_settings(s)
     keep_memory()
+    with contextlib.suppress(AttributeError, OSError):  # a notebook's stdin, or one in use
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
     device = pick_device(s.device)
     prompt = read_prompt(s.prompt)
     try:

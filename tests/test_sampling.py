@@ -218,6 +218,7 @@ def test_a_prompt_from_anywhere(write, monkeypatch):
     options = ["--max_new_tokens=12", "--seed=3"]
     text = write("~/ wäs", *options)
     assert text.startswith("~/ wäs")
+    assert text == write("~/ w\udcc3\udca4s", *options)  # as Python passes it where LC_ALL=C
     for data in ("~/ wäs".encode(), "~/ wäs".encode("utf-8-sig")):
         Path("prompt.txt").write_bytes(data)
         assert text == write("--prompt=@prompt.txt", *options)
