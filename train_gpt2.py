@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
@@ -1381,7 +1382,8 @@ def read_shard(path):
     except (OSError, ValueError):
         magic = None
     if magic != 20240520 or version != 1 or not size == 1024 + 2 * count > 1024:
-        raise UserError(f"{path} is incomplete or unreadable: prepare it again")
+        raise UserError(f"{path} is incomplete, or not in llm.c's format (nanoGPT's files have no "
+                        "header): prepare it again")
     # numpy's memmap keeps each file open, and a system may allow as few as 256; torch closes it
     return torch.from_file(str(path), size=size // 2, dtype=torch.uint16).numpy()[512:]
 
@@ -1527,7 +1529,7 @@ def not_valid(path, reason):
 def read_checkpoint(path):
     """The dict in a checkpoint, its tensors still in the file. Only plain data is unpickled.
     Raises UserError for a file that is none."""
-    hint = f"name a run's best.pt, or try: python prepare_data.py {path}"
+    hint = f"name a run's best.pt, or try: python prepare_data.py {shlex.quote(str(path))}"
     if path in OPENAI_NAMES:
         path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
     if not os.path.isfile(path):
@@ -1536,6 +1538,8 @@ def read_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "model_args" in found:
+            raise ValueError("nanoGPT wrote it: convert it with prepare_data.py")
         config = GPTConfig(**found["config"])
         check_ranges(config, vocab_size=(1, 2**24))
         check_shape(config)
@@ -1641,7 +1645,10 @@ class Process:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_master = self.rank == 0  # the process that writes and prints
-        self.device = pick_device(s.device, os.environ.get("LOCAL_RANK", "0"))
+        name = s.device
+        if name == "auto" and self.world_size > 1 and not torch.cuda.is_available():
+            name = "cpu"  # a Mac has one MPS device, and gloo cannot reach it
+        self.device = pick_device(name, os.environ.get("LOCAL_RANK", "0"))
         self.set_dtype(s.dtype)
         self.at_end = ExitStack()  # closed at the end
         if self.device.type == "cuda":
@@ -1651,7 +1658,8 @@ class Process:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
         if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            has_nccl = self.device.type == "cuda" and dist.is_nccl_available()
+            dist.init_process_group("nccl" if has_nccl else "gloo")
             self.at_end.callback(dist.destroy_process_group)
 
     def set_dtype(self, name):
@@ -2024,10 +2032,10 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     words = given.pop("words", [])
     for word in unknown:
         raise UserError(f"{word!r} is not a setting; {nearest(word, kinds)}")
-    if len(words) > 1 and kinds[bare] is str:
-        raise UserError(f"{bare} has several words: put it in quotes")
+    if words and (bare in given or (len(words) > 1 and kinds[bare] is str)):
+        raise UserError(f"{words[-1]!r} is too much: put a {bare} of several words in quotes")
     if words:
-        given.setdefault(bare, words if len(words) > 1 else words[0])
+        given[bare] = words[0] if len(words) == 1 else words
     changes = {}
     if presets:
         preset = given.get("preset", cls.preset)
@@ -2075,6 +2083,8 @@ def parse_number(kind, is_optional, text):
 def nearest(word, names):
     """A hint at the setting that was meant."""
     name = word.partition("=")[0].strip("-")
+    if name == "f":  # what a notebook is called with
+        return 'in a notebook, call main([]) or main(["--name=value"])'
     near = difflib.get_close_matches(OTHER_NAMES.get(name, name), names, 1, 0.5)
     if near and word.startswith("-"):
         return f"did you mean --{near[0]}?"
@@ -2141,6 +2151,11 @@ def main(argv=None):
         if source:
             adopt_shape(s, given, source)
         return train(s, place, process)
+    except UserError as error:
+        if process.world_size == 1:
+            raise
+        raise UserError(f"{error} (process {process.rank} on {platform.node()}: each machine needs "
+                        "the data, and the run's folder to resume)") from None
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "peer" in str(error):
             print(f"error: process {process.rank} lost another one; the same command resumes",
