@@ -844,6 +844,7 @@ class Place:
     checkpoint: Path | None = None  # to resume from
     progress: dict | None = None  # what it says of the run
     other: Path | None = None  # the folder of the run to compare with
+    is_done: bool = False
 
 
 def choose_folder(s, command, process):
@@ -887,7 +888,7 @@ def go_on(place, s, folder, found):
     step, why = found["step"], difference(found, s)
     if step > s.max_steps:
         raise UserError(f"{folder} has taken {step:,} steps, more than --max_steps={s.max_steps}")
-    place.folder, place.checkpoint = folder, folder / "ckpt.pt"
+    place.folder, place.checkpoint, place.is_done = folder, folder / "ckpt.pt", step == s.max_steps
     place.progress = found.get("progress") or found["settings"]  # as older checkpoints have it
     place.remarks.append(f"continuing {folder} from step {step:,} ({start_over(folder)})")
     if why:
@@ -2033,7 +2034,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     for word in unknown:
         raise UserError(f"{word!r} is not a setting; {nearest(word, kinds)}")
     if words and (bare in given or (len(words) > 1 and kinds[bare] is str)):
-        raise UserError(f"{words[-1]!r} is too much: put a {bare} of several words in quotes")
+        raise UserError(f"a {bare} of several words ({words[-1]!r} is the last): put it in quotes")
     if words:
         given[bare] = words[0] if len(words) == 1 else words
     changes = {}
@@ -2147,6 +2148,10 @@ def main(argv=None):
         open_data(s.data_dir)  # its mistakes come before a new folder
         command = shlex.join(["python", "train_gpt2.py", *(sys.argv[1:] if argv is None else argv)])
         place = process.from_master(lambda: choose_folder(s, command, process))
+        if place.is_done:
+            if process.is_master:
+                print(f"{place.folder} has taken its {s.max_steps:,} steps: nothing is left to do")
+            return 0
         source = place.checkpoint or s.init_from
         if source:
             adopt_shape(s, given, source)
