@@ -13,13 +13,12 @@
 A source gives documents, a tokenizer turns them into ids, and these go to shards; meta.json,
 written last, describes them. After a stop, the same command continues.
 """
+import array
 import bisect
-import codecs
 import collections
 import contextlib
 import glob
 import hashlib
-import heapq
 import importlib
 import io
 import itertools
@@ -38,7 +37,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import regex
@@ -83,91 +82,20 @@ class Settings:
     seed: int = 1  # of the stories
 
 
-# ---- The pipeline: source -> tokenizer -> shards -> meta.json ----
-
-USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}
-PROGRESS = "progress.json"
-PIECE = 1 << 20  # characters, bytes or tokens that are processed at a time
-
-
-def prepare(s):
-    """Text to shards. What an earlier, unfinished run has written is kept."""
-    name, kind, folder = name_of(s)
-    paths = find_files(s.dataset)
-    settings = asdict(s) | {"tokenizer": kind}
-    del settings["out_dir"]
-    if paths:
-        settings["dataset"] = [f"{Path(path).name} {checksum(path):08x}" for path in paths]
-    if kind in ("gpt2", "char"):
-        del settings["vocab_size"]
-    progress = claim(folder, settings)
-    if progress is None:
-        (folder / PROGRESS).unlink(missing_ok=True)
-        print(f"{folder} is complete already")
-        return
-    parts = open_source(s, paths)
-    if progress["tokenizer"]:
-        print(f"continuing in {folder}")
-    else:
-        progress["tokenizer"] = make_tokenizer(kind, parts, s)
-    tokenizer = Tokenizer(progress["tokenizer"])
-    make_folder(folder)
-
-    def save():
-        write_text(folder / PROGRESS, json.dumps(progress))
-    save()
-    for split, part in parts.items():
-        at = progress["splits"].setdefault(split, new_split(tokenizer))
-        write_split(s, f"{folder / name}_{split}", part, tokenizer, at, save)
-    meta = describe(folder, name, tokenizer, progress["splits"])
-    if s.dataset == "stories":
-        meta |= entropy_floor(s, folder, tokenizer, meta["val"])
-    finish(folder, meta, settings)
-    if skipped := sum(part.skipped for part in parts.values()):
-        unit = file_kind(paths[0]) if paths else "rows"
-        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
-
-
-def name_of(s):
-    path = s.dataset[3:].split(":")[0] if s.dataset.startswith("hf:") else s.dataset
-    name = Path(path).parent.name or "texts" if is_pattern(path) else Path(unpacked(path)).stem
-    name = re.sub(r"[^\w.-]", "_", name)
-    if name in OURS and s.dataset != name:
-        name += "_text"
-    usual = USUAL.get(s.dataset, "bpe")
-    kind = usual if s.tokenizer == "auto" else s.tokenizer
-    return name, kind, Path(s.out_dir or f"data/{name}{'' if kind == usual else '_' + kind}")
-
-
-CHOOSE = ": choose another --out_dir, or remove it"
-
-
-def claim(folder, settings):
-    """The progress of an unfinished preparation with these settings, or of a new one; None if the
-    data set is complete."""
-    with one_line(f"cannot use {folder}", CHOOSE):
-        names = sorted(os.listdir(folder)) if folder.exists() else []
-        record = "meta.json" if "meta.json" in names else PROGRESS
-        if record not in names:
-            if other := [name for name in names if not name.endswith(".tmp")]:
-                raise UserError(f"{folder} holds something else ({other[0]}){CHOOSE}")
-            return {"settings": settings, "tokenizer": None, "splits": {}}
-        found = json.loads((folder / record).read_bytes())
-        for key, value in settings.items():
-            if (there := found["settings"].get(key)) != value:
-                how = f"with {key}={there}" if key != "dataset" else "from another text"
-                raise UserError(f"{folder} holds data prepared {how}{CHOOSE}")
-        return found if record == PROGRESS else None
-
-
-def make_folder(folder):
-    with one_line(f"cannot write to {folder}", ": choose another --out_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-
+# ---- A user's mistakes, in one line each ----
 
 # Base classes of network errors in Python, requests, httpx and aiohttp
 NETWORK = {"ConnectionError", "Timeout", "TimeoutError", "TransportError", "ClientConnectionError",
            "OfflineModeIsEnabled"}
+
+
+def is_network_error(error):
+    """Whether the network failed: by the classes of an exception and of its causes."""
+    while error:
+        if NETWORK & {base.__name__ for base in type(error).__mro__}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
@@ -178,461 +106,157 @@ def one_line(what, advice=""):
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason, cause = getattr(error, "strerror", 0) or " ".join(str(error).split())[:200], error
-        while cause:
-            if NETWORK & {base.__name__ for base in type(cause).__mro__}:
-                advice = ": the network failed; run the same command later"
-            cause = cause.__cause__ or cause.__context__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        if is_network_error(error):
+            advice = ": the network failed; run the same command later"
         raise UserError(f"{what} ({type(error).__name__}: {reason}){advice}") from None
+
+
+def make_folder(folder):
+    with one_line(f"cannot write to {folder}", ": choose another --out_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+# ---- Documents: a source, and the part of it that a split gets ----
+# A source is a function. source(where) yields (where, (text, begins)): a document, or a long one in
+# pieces, of which the first `begins` it. `where` is plain data, 0 at first: source(where) goes on
+# with the piece that it stood at.
+
+PIECE = 1 << 20  # characters, bytes or tokens that are processed at a time
+ROWS = 256  # rows of a table that are read at a time
+
+
+class Place(NamedTuple):
+    """Where a piece stands in its source, and what of the source and of a part is before it."""
+
+    where: Any = 0
+    characters: int = 0
+    documents: int = 0
+    skipped: int = 0
+
+
+START = Place()
 
 
 @dataclass
 class Part:
-    """Documents number `first` to `last` of a reader (see Sources), or characters of a single one
-    (`inside`)."""
+    """The characters number `first` to `last` of a source."""
 
-    read: Callable
+    source: Callable
     first: int = 0
     last: int = sys.maxsize
-    inside: bool = False
-    skipped: int = 0
 
-    def batches(self, position=None):
-        """Yields (position, [(text, begins a document), ...]), about PIECE characters at a time.
-        batches(position) continues with that batch."""
-        count, where, self.skipped = position or (0, None, 0)
-        place, pieces, size = None, [], 0
-        with contextlib.closing(self.read(where)) as found:
-            for where, text, begins in found:
-                number = count if begins or self.inside else count - 1
-                if number >= self.last and (text or number > self.last):
-                    break
-                place = place or [count, where, self.skipped]
-                if not text:  # it counts with the document before it
-                    self.skipped += count > self.first or not self.first
-                    continue
-                count += len(text) if self.inside else begins
-                if self.inside:
-                    text = text[max(0, self.first - number):self.last - number]
-                    begins = number <= self.first
-                if text and count > self.first:
-                    pieces.append((text, begins))
-                    size += len(text)
-                if size >= PIECE:
-                    yield place, pieces
-                    place, pieces, size = None, [], 0
-        if pieces:
-            yield place, pieces
-
-    def pieces(self):
-        for _, pieces in self.batches():
-            yield from pieces
-
-
-def open_source(s, paths):
-    """{"train": Part, "val": Part}. paths: the local files, [] for other data sets."""
-    if s.dataset == "stories":
-        texts = ["".join(text for text, _, _ in pieces) for pieces in write_stories(s.seed)]
-        return split_source(read_string, texts, s)
-    if s.dataset == "shakespeare":
-        return split_source(read_string, [download(SHAKESPEARE_URL)], s)
-    if paths:
-        read = {"text": read_text, "lines": read_lines, "rows": read_parquet}[file_kind(paths[0])]
-        return split_source(read, paths, s)
-    repository, _, config = s.dataset.removeprefix("hf:").partition(":")
-    source = HUB.get(s.dataset, (repository, config or None))
-    with one_line(f"cannot read {s.dataset} from the hub"):
-        names = quiet_datasets().get_dataset_split_names(*source)
-    train, val = (partial(read_hub, (*source, name), s.text_column) for name in (
-        "train" if "train" in names else names[0], "validation"))
-    if "validation" in names:
-        return {"train": Part(train), "val": Part(val)}
-    return split_stream(train, s)
-
-
-def split_source(read, files, s):
-    """The two parts of files, cut between documents, or inside a single one. All is read once, so
-    bad input shows early."""
-    read = partial(read_files, read, files, s.text_column)
-    whole, documents, characters = Part(read), 0, 0
-    for text, begins in whole.pieces():
-        documents, characters = documents + begins, characters + len(text)
-    if documents == 1:
-        cut = int(characters * (1 - s.val_fraction))
-        return {"train": Part(read, 0, cut, True), "val": Part(read, cut, characters, True)}
-    return split_documents(read, documents, s)
-
-
-def split_documents(read, count, s):
-    if count < 2:
-        raise UserError(f"{s.dataset} holds {count} documents with --text_column={s.text_column}: "
-                        "too few for a validation split")
-    cut = count - min(count - 1, max(1, round(count * s.val_fraction)))
-    return {"train": Part(read, 0, cut), "val": Part(read, cut, count)}
-
-
-def split_stream(read, s):
-    """The two parts of a stream of unknown length: its first documents, about a shard at 4
-    characters per token, are for validation; of a shorter stream the last ones."""
-    limit = int(s.max_tokens * s.val_fraction) if s.max_tokens else sys.maxsize
-    wanted = 4 * max(1, min(s.shard_tokens, limit))
-    documents = characters = 0
-    for text, _ in Part(read).pieces():
-        if characters >= wanted:
-            return {"train": Part(read, documents), "val": Part(read, 0, documents)}
-        documents, characters = documents + 1, characters + len(text)
-    return split_documents(read, documents, s)
-
-
-BPE_SAMPLE = 15_000_000
-
-
-def make_tokenizer(kind, parts, s):
-    """The spec of a tokenizer (see Tokenizer), made from the text except for gpt2."""
-    if kind == "gpt2":
-        return {"kind": kind}
-    if kind == "char":
-        return character_spec(parts)
-    texts, room = [], BPE_SAMPLE
-    for text, _ in parts["train"].pieces():
-        start = text.encode()[:room]
-        texts.append(start.decode("utf-8", "ignore"))
-        room -= len(start)
-        if not room:
-            break
-    spec = train_sentencepiece(texts, s.vocab_size) if kind == "sentencepiece" else \
-        bpe_spec(train_bpe(texts, s.vocab_size))
-    if (size := len(spec["ranks"]) + 1) < s.vocab_size:
-        print(f"only {size:,} tokens, not {s.vocab_size:,}: no pair left to merge")
-    return spec
-
-
-def train_sentencepiece(texts, vocab_size):
-    """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
-    unknown token, <|endoftext|>. Every text comes back, but U+2581 becomes a space."""
-    model = io.BytesIO()
-    pieces = (part for text in texts for part in safe_pieces(text, 1000))  # 4,192 bytes at most
-    with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
-        import sentencepiece
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=pieces, model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, required_chars="▁", normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False, hard_vocab_limit=False,
-            unk_id=256, bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2)
-        learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    names = learned.id_to_piece([*range(257, len(learned))])
-    return bpe_spec((name.replace("▁", " ").encode(), b"") for name in names) | {
-        "kind": "sentencepiece", "model": model.getvalue().decode("latin-1")}
-
-
-def character_spec(parts):
-    alphabet, documents = set(), 0
-    for text, begins in itertools.chain(*(part.pieces() for part in parts.values())):
-        alphabet.update(text)
-        documents += begins
-    alphabet |= {"\n"} if documents > len(parts) else set()
-    if len(alphabet) > 65_536:
-        raise UserError(f"{len(alphabet):,} distinct characters: use --tokenizer=bpe")
-    return {"kind": "char", "alphabet": "".join(sorted(alphabet))}
-
-
-def encode_array(tokenizer, text):
-    """str -> (n,) uint16 ids: those of encode, but a run of more than LONGEST characters without a
-    break is cut there, because tiktoken's regular expression fails on a million spaces. Nothing is
-    lost: decoding gives the same bytes."""
-    if tokenizer.spec["kind"] == "char":
-        return np.fromiter(map(tokenizer.ids.get, text), np.uint16, len(text))
-    ids = [tokenizer.encode(piece) if tokenizer.spec["kind"] == "sentencepiece" else
-           tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
-           for piece in safe_pieces(text, LONGEST)]
-    return np.concatenate(ids).astype(np.uint16)
-
-
-LONGEST = 100_000
-# GPT-2's pattern always cuts before a space or line break that a visible character follows: the ids
-# of the two sides are those of the whole. (?r) searches backwards
-SAFE_CUT = regex.compile(r"(?r)[ \n](?=\S)")
-
-
-def safe_cut(text, begin, end):
-    """The last place inside text[begin:end] where a cut changes no ids; `end` if there is none."""
-    found = SAFE_CUT.search(text, begin, end)
-    return found.start() if found and found.start() > begin else end
-
-
-def safe_pieces(text, size):
-    begin = 0
-    while len(text) - begin > size:
-        end = safe_cut(text, begin, begin + size)
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
-
-
-def separator(tokenizer):
-    """(n,) uint16: the ids before each document: <|endoftext|>, or a blank line for characters."""
-    return np.array(tokenizer.document_start * (2 if tokenizer.eot is None else 1), np.uint16)
-
-
-def new_split(tokenizer):
-    """The state of a split: what is written, and where to continue, `used` ids after the beginning
-    of the batch at `position`. No blank line stands before the first text of characters."""
-    skip = len(separator(tokenizer)) if tokenizer.eot is None else 0
-    return dict(shards=0, tokens=0, documents=int(skip > 0), finished=False, position=None,
-                used=skip)
-
-
-def encoded(batches, tokenizer):
-    """Encodes batches on all cores. Yields (position, (n,) uint16 ids with a separator before each
-    document, (d,) int64 where those begin)."""
-    before = separator(tokenizer)
-
-    def encode(pieces):
-        arrays, starts, length = [], [], 0
-        for text, begins in pieces:
-            if begins:
-                starts.append(length)
-                arrays.append(before)
-            arrays.append(encode_array(tokenizer, text))
-            length += len(arrays[-1]) + begins * len(before)
-        return np.concatenate(arrays), np.array(starts, np.int64)
-
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
-        for position, pieces in batches:
-            waiting.append((position, pool.submit(encode, pieces)))
-            if len(waiting) > 2 * workers:
-                position, result = waiting.popleft()
-                yield position, *result.result()
-        for position, result in waiting:
-            yield position, *result.result()
-
-
-def write_split(s, path, part, tokenizer, at, save):
-    """Writes the shards <path>_000001.bin .. of a part, from where `at` says; save() keeps it."""
-    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.uint16)
-    is_train = path.endswith("train")
-    limit = s.max_tokens - len(end) if is_train and s.max_tokens else sys.maxsize
-    source = encoded(part.batches(at["position"]), tokenizer)
-    batch = None if at["finished"] else next(source, None)
-
-    def shard():
-        """The ids of the next shard; `at` follows, and in the end says what comes after."""
-        nonlocal batch
-        shard_end = min(at["tokens"] + s.shard_tokens, limit)
-        while batch:
-            position, ids, starts = batch
-            used = at["used"]
-            if used >= len(ids):
-                batch = next(source, None)
-                at.update(position=batch and batch[0], used=used - len(ids))
-                continue
-            piece = ids[used:used + shard_end - at["tokens"]]
-            if not len(piece):
+    def pieces(self, place=START):
+        """Yields (place, text, begins), at the end an empty text. pieces(place) goes on there."""
+        where, characters, documents, skipped = place
+        for where, (text, begins) in self.source(place[0]):
+            inside = text[max(0, self.first - characters):max(0, self.last - characters)]
+            if inside:
+                begins = begins or characters <= self.first
+                yield Place(where, characters, documents, skipped), inside, begins
+                documents += begins
+            elif characters >= self.last:
                 break
-            yield piece
-            at["documents"] += int(((starts >= used) & (starts < used + len(piece))).sum())
-            at.update(tokens=at["tokens"] + len(piece), used=used + len(piece))
-            bar.update(len(piece))
-        at["finished"] = not batch or at["tokens"] >= limit
-        if at["finished"]:
-            yield end
-
-    total = limit if limit < sys.maxsize else None
-    with contextlib.closing(source), tqdm(desc=path[-5:], unit=" tokens", unit_scale=True,
-                                          total=total, initial=at["tokens"], disable=None) as bar:
-        while not at["finished"]:
-            # llm.c's numbers: validation is 0, training 1, 2, ...
-            write_shard(f"{path}_{at['shards'] + is_train:06d}.bin", shard())
-            at["shards"] += 1
-            save()  # after the shard: if a kill comes between, it is written again
+            elif not text and characters >= self.first:
+                skipped += 1
+            characters += len(text)
+        yield Place(where, characters, documents, skipped), "", False
 
 
-def write_shard(path, tokens):
-    """Writes a shard in llm.c's format, atomically. tokens: ids below 65,536, or arrays of them,
-    which need not fit into memory together."""
-    def write(file):
-        header = np.zeros(256, "<i4")
-        file.write(header.tobytes())
-        for piece in tokens:
-            file.write(np.ascontiguousarray(piece, dtype="<u2").data)
-        header[:3] = 20240520, 1, (file.tell() - header.nbytes) // 2
-        file.seek(0)
-        file.write(header.tobytes())
-    write_atomically(path, write)
+def at_hand(read, where):
+    """The source of what read() yields, the pieces of a text on this machine. `where` is a number
+    of pieces: they are read again, which takes an eighth (.jsonl) to a thirtieth (.txt) of the time
+    of encoding them."""
+    return itertools.islice(enumerate(read()), where, None)
 
 
-def describe(folder, name, tokenizer, splits):
-    shards, meta = {}, {"dataset": name, "tokenizer": tokenizer.spec}
-    for split, paths in shard_paths(folder).items():
-        shards[split] = [read_shard(path) for path in paths if path.stat().st_size > 1024]
-        counts = np.zeros(tokenizer.vocab_size, np.int64)
-        for ids in overlapping(shards[split], 0):
-            counts += np.bincount(ids, minlength=len(counts))
-        tokens = int(counts.sum())
-        if tokens < 4:
-            for path in [*folder.glob("*.bin"), folder / PROGRESS]:
-                path.unlink(missing_ok=True)  # a longer text may then use the folder
-            raise UserError(f"{name} is too short: its {split} split has {tokens} tokens")
-        meta[split] = {"tokens": tokens, "documents": splits[split]["documents"],
-                       "bytes": int(counts @ tokenizer.token_bytes())}
-    return meta | {"landmarks": baselines(shards["train"], shards["val"], tokenizer.vocab_size)}
+def read_strings(texts):
+    for text in texts:
+        yield text, True
 
 
-def baselines(train, val, vocab_size):
-    """Validation losses of models that only count, in nats per token; train, val: lists of (n,)
-    ids. Unseen tokens count once, unseen pairs by frequency (Witten & Bell 1991, method C)."""
-    counts = np.ones(vocab_size, np.int64)
-    pairs = np.zeros(vocab_size**2 if vocab_size <= 10_000 else 0, np.uint32)  # at most 400 MB
-    for number, ids in enumerate(overlapping(train)):
-        counts += np.bincount(ids[number > 0:], minlength=vocab_size)
-        if len(pairs):
-            np.add.at(pairs, ids[:-1] * vocab_size + ids[1:], np.uint32(1))
-    unigram = counts / counts.sum()  # (V,)
-    table = pairs.reshape(-1, vocab_size)  # (V, V)
-    follow = table.sum(1, np.int64)  # (V,)
-    kinds = np.maximum(np.count_nonzero(table, 1), 1)  # (V,)
-    targets, nats = 0, collections.Counter()
-    for ids in overlapping(val):
-        first, second = ids[:-1], ids[1:]
-        targets += len(second)
-        nats["unigram"] -= np.log(unigram[second]).sum()
-        if len(pairs):
-            likely = table[first, second] + kinds[first] * unigram[second]
-            nats["bigram"] -= np.log(likely / (follow[first] + kinds[first])).sum()
-    return {"uniform": math.log(vocab_size)} | {
-        name: float(value / targets) for name, value in nats.items()}
+def read_files(read, paths, column):
+    for path in paths:
+        with one_line(f"cannot read {path}"):
+            yield from read(path, column)
 
 
-def overlapping(shards, overlap=1):
-    """Yields (n,) int64 ids, each time beginning with the last one before: no pair is lost."""
-    last = np.zeros(0, np.int64)
-    for shard in shards:
-        for begin in range(0, len(shard), PIECE):
-            ids = np.concatenate([last, shard[begin:begin + PIECE]])
-            yield ids
-            last = ids[len(ids) - overlap:]
-
-
-def finish(folder, meta, settings):
-    # Before meta.json: no later run cleans a complete folder
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-    write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
-    (folder / PROGRESS).unlink(missing_ok=True)
-    for split in ("train", "val"):
-        m = meta[split]
-        print(f"{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, "
-              f"{m['bytes'] / m['tokens']:.2f} bytes per token")
-    values = meta["landmarks"] | {"entropy_floor": meta.get("entropy_floor")}
-    print(f"{meta['tokenizer']['kind']} tokenizer; baselines in nats per token: "
-          + ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value))
-    where = folder.as_posix()
-    presets = [preset for preset, change in PRESETS.items() if change.get("data_dir") == where]
-    options = f" --preset={' or '.join(presets)}" if presets else ""
-    if not presets and where != "data/stories":
-        own = f"--data_dir={folder}", f"--out_dir=out/{folder.name}", "--rows=stream"
-        options = " " + shlex.join(own)
-    print(f"written to {folder}; now: python train_gpt2.py{options}")
-
-
-# ---- Sources ----
-# A reader yields (where, text, begins): documents in order, long ones in pieces. A reader can begin
-# again from `where`, plain data. `begins` marks a document's first piece; text can be "" or None.
-
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
-HUB = {"fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-       "tinystories": ("roneneldan/TinyStories", None)}
-OURS = ["stories", *USUAL, "hellaswag"]
-KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".parquet": "rows"} | \
-    dict.fromkeys((".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx"), "unknown")
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
-ROWS = 256
 
 
-def read_files(read, files, column, where=None):
-    start, first = where or (0, 0)
-    for number, file in enumerate(files[start:], start):
-        for place, text, begins in read(file, column, first):
-            yield (number, place), text, begins
-        first = 0
+def open_file(path, mode, **how):
+    library = PACKED.get(Path(path).suffix.lower(), "io")
+    return importlib.import_module(library).open(path, mode, **how)
 
 
-def read_string(text, column, place):
-    yield 0, text, True
+def read_text(path, column):
+    """A UTF-8 file is one document, byte for byte."""
+    rest, begins = "", True
+    with open_file(path, "rt", encoding="utf-8", newline="") as file:
+        while more := read_characters(file, path):
+            text = rest + more
+            cut = safe_cut(text, 0, len(text))
+            yield text[:cut], begins
+            rest, begins = text[cut:], False
+    if rest:
+        yield rest, begins
 
 
-def read_text(path, column, offset):
-    """A UTF-8 file is one document, byte for byte. A piece depends only on the byte where it
-    begins, so a resumed run finds the same ones."""
-    with one_line(f"cannot read {path}"), open_file(path, offset) as file:
-        data, is_last = b"", False
-        while not is_last:
-            data += file.read(PIECE - len(data))
-            is_last = len(data) < PIECE
-            try:
-                text, _ = codecs.utf_8_decode(data, "strict", is_last)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text: {data[error.start]:#04x} at byte "
-                                f"{offset + error.start:,}; convert it with iconv") from None
-            if not is_last:
-                text = text[:safe_cut(text, 0, len(text))]
-            if text:
-                yield offset, text, offset == 0
-            size = len(text.encode("utf-8"))
-            offset, data = offset + size, data[size:]
+def read_characters(file, path):
+    try:
+        return file.read(LONGEST)
+    except UnicodeDecodeError as error:
+        place = file.buffer.tell() - len(error.object) + error.start
+        raise UserError(f"{path} is not UTF-8 text: {error.object[error.start]:#04x} at byte "
+                        f"{place:,}; convert it with iconv") from None
 
 
-def read_lines(path, column, offset):
-    with one_line(f"cannot read {path}"), open_file(path, offset) as file:
+def read_lines(path, column):
+    with open_file(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield offset, text_in(line, column, f"{path}, line {number}"), True
-            offset += len(line)
+                yield text_in(line, column, f"{path}, line {number}"), True
 
 
 def text_in(line, column, place):
-    """The text in a line of JSON, None if there is none. Raises UserError if it is not JSON."""
+    """The text in a line of JSON, "" if there is none. Raises UserError if it is not JSON."""
     with one_line(f"{place}, is not JSON in UTF-8"):
         # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
         row = json.loads(line.decode("utf-8-sig"), parse_int=float)
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        return None
+        return ""
     if b"\\u" in line:  # an escape can be half of a surrogate pair, which is not a character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
-def read_parquet(path, column, first):
+def read_parquet(path, column):
     from pyarrow.parquet import ParquetFile
 
     # A megabyte at a time: by itself the library reads a gigabyte ahead
-    with one_line(f"cannot read {path}"), \
-            ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
+    with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         check_column(file.schema_arrow, column)
         tables = file.iter_batches(ROWS, columns=[column])
-        for row, value in enumerate(value for table in tables for value in table.column(0)):
-            if row >= first:
-                yield row, text_of(value, f"{path}, row {row + 1}"), True
+        values = itertools.chain.from_iterable(table.column(0) for table in tables)
+        for row, value in enumerate(values, 1):
+            yield text_of(value, f"{path}, row {row}"), True
 
 
-def read_hub(source, column, where):
-    """Streams a split of a data set on the hub, (repository, configuration, split); where = (state
-    of the library's stream, row after that)."""
+def read_hub(repository, column, where):
+    """The source of a split of a data set on the hub, (its name, its configuration, the split).
+    It is streamed. where: the state of the library's stream, and the row after that."""
     state, first = where or (None, 0)
-    with one_line(f"cannot read {source[0]} from the hub"):
-        rows = open_hub(*source).with_format("arrow")
+    with one_line(f"cannot read {repository[0]} from the hub"):
+        rows = open_hub(*repository).with_format("arrow")
         if state:
             rows.load_state_dict(state)
-        for table in rows.iter(batch_size=ROWS):
+        for table in rows.iter(ROWS):
             check_column(table.schema, column)
             for row, value in enumerate(table[column]):
                 if row >= first:
-                    yield (state, row), text_of(value, source[0]), True
-            # Only now: before that, the library does not return the state it was given
+                    yield (state, row), (text_of(value, repository[0]), True)
+            # Only now: before that, the library does not return the state that it was given
             state, first = rows.state_dict(), 0
 
 
@@ -644,11 +268,25 @@ def check_column(schema, column):
 
 
 def text_of(value, place):
+    """The text in a cell of a table, "" if there is none."""
     try:
-        text = value.as_py()
+        text = value.as_py() or ""
         return text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError:
         raise UserError(f"{place}, has text that is not UTF-8") from None
+
+
+# ---- Which source: the stories, files or the hub ----
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
+HUB = {"fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+       "tinystories": ("roneneldan/TinyStories", None)}
+USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}  # tokenizers
+OURS = ["stories", *USUAL, "hellaswag"]
+READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".jsonlines": read_lines,
+           ".parquet": read_parquet}
+READERS |= dict.fromkeys([".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx"])
 
 
 def is_pattern(path):  # a file that exists is one file, even with brackets in its name
@@ -656,40 +294,39 @@ def is_pattern(path):  # a file that exists is one file, even with brackets in i
 
 
 def unpacked(path):
-    stem, suffix = os.path.splitext(path)
-    return stem if suffix.lower() in PACKED else path
+    path = Path(path)
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
-def file_kind(path):
-    return KINDS.get(os.path.splitext(unpacked(path))[1].lower(), "text")
+def reader_of(path):
+    """The function that reads such a file, None if there is none."""
+    return READERS.get(unpacked(path).suffix.lower(), read_text)
+
+
+def what_is(path):
+    if os.path.isdir(path):
+        return "a folder"
+    for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
+        return f"no such file, did you mean {near}"
+    return "no such file"
 
 
 def find_files(dataset):
     """The files that a path or pattern names; [] for a data set that is not files."""
     if dataset in OURS or re.fullmatch(r"hf:[\w.-]+/[\w.-]+(:.+)?", dataset):
         return []
-    paths = sorted(glob.glob(dataset, recursive=True)) if is_pattern(dataset) else [dataset]
-    for path in paths or [dataset]:
+    paths = [dataset]
+    if is_pattern(dataset):
+        paths = sorted(glob.glob(dataset, recursive=True)) or paths
+    for path in paths:
         if not os.path.isfile(path):
-            near = get_close_matches(dataset, [*OURS, *OPENAI_NAMES], 1)
-            what = "a folder" if os.path.isdir(path) else \
-                "not a file" if os.path.exists(path) else \
-                f"no such file{', did you mean ' * len(near)}{''.join(near)}"
-            raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME, or one of "
-                            f"{', '.join(OURS)}")
-    kinds = {file_kind(path) for path in paths}
-    if len(kinds) > 1 or "unknown" in kinds:
+            raise UserError(f"cannot read {path} ({what_is(path)}): name files, hf:OWNER/NAME, or "
+                            f"one of {', '.join(OURS)}")
+    readers = {*map(reader_of, paths)}
+    if len(readers) > 1 or None in readers:
         raise UserError(f"{dataset} must be files of one kind: .txt, .parquet, or .jsonl with an "
                         "object per line (text also as .gz, .bz2, .xz)")
     return paths
-
-
-def open_file(path, offset):
-    """Open a file of bytes, decompressed, `offset` bytes after its beginning."""
-    name = PACKED.get(os.path.splitext(path)[1].lower(), "io")
-    file = importlib.import_module(name).open(path, "rb")
-    file.seek(offset)
-    return file
 
 
 def checksum(path):
@@ -698,6 +335,56 @@ def checksum(path):
         while data := file.read(PIECE):
             value = zlib.crc32(data, value)
     return value
+
+
+def open_source(s, paths):
+    """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
+    if s.dataset == "stories":
+        read = partial(read_strings, [*map(text_of_story, write_stories(s.seed))])
+    elif s.dataset == "shakespeare":
+        read = partial(read_strings, [download(SHAKESPEARE_URL)])
+    elif paths:
+        read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
+    else:
+        return open_repository(s)
+    return split_source(partial(at_hand, read), s)
+
+
+def split_source(source, s, enough=sys.maxsize):
+    """Cuts a source in two between documents, or inside a single one. All is read once, so bad
+    input shows early. But a stream that has more than `enough` characters is cut there: its first
+    documents are for validation, since its end is far."""
+    starts = array.array("q")
+    for place, _, begins in Part(source).pieces():
+        size = place.characters
+        if begins:
+            if size >= enough:
+                return {"train": Part(source, size), "val": Part(source, 0, size)}
+            starts.append(size)
+    if not starts:
+        raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}")
+    cut = int(size * (1 - s.val_fraction))
+    if len(starts) > 1:
+        cut = starts[max(1, len(starts) - max(1, round(len(starts) * s.val_fraction)))]
+    return {"train": Part(source, 0, cut), "val": Part(source, cut)}
+
+
+def open_repository(s):
+    """The parts of a data set on the hub: its own validation split, or the first documents, about
+    a shard at 4 characters per token."""
+    repository, _, config = s.dataset.removeprefix("hf:").partition(":")
+    name, config = HUB.get(s.dataset, (repository, config or None))
+    with one_line(f"cannot read {s.dataset} from the hub"):
+        names = quiet_datasets().get_dataset_split_names(name, config)
+    first = "train" if "train" in names else names[0]
+    train = partial(read_hub, (name, config, first), s.text_column)
+    if "validation" in names:
+        val = partial(read_hub, (name, config, "validation"), s.text_column)
+        return {"train": Part(train), "val": Part(val)}
+    tokens = s.shard_tokens
+    if s.max_tokens:
+        tokens = max(1, min(tokens, int(s.max_tokens * s.val_fraction)))
+    return split_source(train, s, 4 * tokens)
 
 
 def download(url):
@@ -726,17 +413,377 @@ def write_hellaswag(s):
     if HELLASWAG.exists() or s.out_dir:
         raise UserError(f"hellaswag writes {HELLASWAG}: remove it, or leave out --out_dir")
     with one_line("cannot read HellaSwag from the hub"):
-        lines = [json.dumps({key: row[key] for key in ("ctx", "endings", "label")}) + "\n"
-                 for row in open_hub("Rowan/hellaswag", None, "validation")]
+        rows = open_hub("Rowan/hellaswag", None, "validation")
+        lines = [*map(json.dumps, rows.select_columns(["ctx", "endings", "label"])), ""]
     make_folder(HELLASWAG.parent)
-    write_text(HELLASWAG, "".join(lines))
-    print(f"{len(lines):,} questions written to {HELLASWAG}, for runs with GPT-2's tokens")
+    write_text(HELLASWAG, "\n".join(lines))
+    print(f"{len(lines) - 1:,} questions written to {HELLASWAG}, for runs with GPT-2's tokens")
+
+
+# ---- Tokenizers ----
+
+BPE_SAMPLE = 15_000_000  # bytes of text that a BPE learns from
+LONGEST = 100_000
+# GPT-2's pattern always cuts before a space or line break that a visible character follows: the ids
+# of the two sides are those of the whole. (?r) searches backwards
+SAFE_CUT = regex.compile(r"(?r)[ \n](?=\S)")
+
+
+def as_text(tokens):
+    """Tokens as a spec keeps them: a character per byte."""
+    return [token.decode("latin-1") for token in tokens]
+
+
+def bpe_spec(merges):
+    return {"kind": "bpe", "ranks": as_text([*BYTES, *(left + right for left, right in merges)])}
+
+
+def safe_cut(text, begin, end):
+    """The last place inside text[begin:end] where a cut changes no ids; `end` if there is none."""
+    found = SAFE_CUT.search(text, begin, end)
+    return found.start() if found and found.start() > begin else end
+
+
+def safe_pieces(text, size):
+    begin = 0
+    while len(text) - begin > size:
+        end = safe_cut(text, begin, begin + size)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def make_tokenizer(kind, parts, s):
+    """The spec of a tokenizer (see Tokenizer), made from the text except for gpt2."""
+    if kind == "gpt2":
+        return {"kind": kind}
+    if kind == "char":
+        return character_spec(parts)
+    texts = sample_of(parts["train"])
+    if kind == "bpe":
+        spec = bpe_spec(train_bpe(texts, s.vocab_size))
+    else:
+        spec = train_sentencepiece(texts, s.vocab_size)
+    if (size := len(spec["ranks"]) + 1) < s.vocab_size:
+        print(f"only {size:,} tokens, not {s.vocab_size:,}: no pair left to merge")
+    return spec
+
+
+def sample_of(part):
+    texts, room = [], BPE_SAMPLE
+    for _, text, _ in part.pieces():
+        start = text.encode()[:room]
+        texts.append(start.decode("utf-8", "ignore"))
+        room -= len(start)
+        if room == 0:
+            break
+    return texts
+
+
+def character_spec(parts):
+    alphabet = set()
+    for part in parts.values():
+        for place, text, _ in part.pieces():
+            alphabet.update(text)
+            if place.documents > 1:
+                alphabet.add("\n")  # a blank line stands between two
+    if len(alphabet) > 65_536:
+        raise UserError(f"{len(alphabet):,} distinct characters: use --tokenizer=bpe")
+    return {"kind": "char", "alphabet": "".join(sorted(alphabet))}
+
+
+def train_sentencepiece(texts, vocab_size):
+    """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
+    unknown token, <|endoftext|>. Every text comes back, but U+2581 becomes a space."""
+    pieces = [safe_pieces(text, 1000) for text in texts]  # the library takes 4,192 bytes at most
+    model = io.BytesIO()
+    with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
+        import sentencepiece
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain(*pieces), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True, required_chars="▁",
+            normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, unk_id=256, bos_id=-1, eos_id=-1, num_threads=1,
+            minloglevel=2)
+        learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    names = learned.id_to_piece([*range(257, len(learned))])
+    tokens = [*BYTES, *(name.replace("▁", " ").encode() for name in names)]
+    return {"kind": "sentencepiece", "ranks": as_text(tokens),
+            "model": model.getvalue().decode("latin-1")}
+
+
+def encode_array(tokenizer, text):
+    """str -> (n,) uint16 ids: those of encode, but a run of more than LONGEST characters without a
+    break is cut there, because tiktoken's regular expression fails on a million spaces. Nothing is
+    lost: decoding gives the same bytes."""
+    kind = tokenizer.spec["kind"]
+    if kind == "char":
+        return np.fromiter(map(tokenizer.ids.get, text), np.uint16, len(text))
+    pieces = safe_pieces(text, LONGEST)
+    if kind == "sentencepiece":
+        ids = [*map(tokenizer.encode, pieces)]
+    else:
+        encode = tokenizer.encoding.encode_to_numpy
+        ids = [encode(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate(ids).astype(np.uint16)
+
+
+# ---- Shards ----
+
+BATCH = 16  # pieces that a thread encodes at a time
+
+
+def separator(tokenizer):
+    """The ids before a document: <|endoftext|>, or a blank line between two of characters."""
+    return tokenizer.document_start * (2 if tokenizer.eot is None else 1)
+
+
+def encode_batch(batch, tokenizer):
+    """[(place, begins, (n,) uint16 ids)], a separator before each document"""
+    before = np.array(separator(tokenizer), np.uint16)
+    found = []
+    for place, text, begins in batch:
+        ids = encode_array(tokenizer, text)
+        if begins and (place.documents > 0 or tokenizer.eot is not None):
+            ids = np.concatenate([before, ids])
+        found.append((place, begins, ids))
+    return found
+
+
+def encoded(pieces, tokenizer):
+    """Encodes pieces on all cores, some batches ahead, and yields them in their order."""
+    workers = os.cpu_count() or 1
+    waiting = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while batch := [*itertools.islice(pieces, BATCH)]:
+            waiting.append(pool.submit(encode_batch, batch, tokenizer))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        for result in waiting:
+            yield from result.result()
+
+
+def write_split(s, path, part, tokenizer, at):
+    """Writes the shards <path>_000001.bin .. of a part, from where `at` says: `used` ids after its
+    place. Yields after each, when `at` says where the next one begins: nowhere, at the end."""
+    limit, end = sys.maxsize, np.array([] if tokenizer.eot is None else [tokenizer.eot], np.uint16)
+    if path.endswith("train") and s.max_tokens:
+        limit = s.max_tokens - len(end)
+    tokens, used = at["tokens"], at["used"]
+    waiting, size = [], 0
+    pieces = encoded(part.pieces(at["place"]), tokenizer)
+    bar = tqdm(desc=path[-5:], unit=" tokens", unit_scale=True, initial=tokens, disable=None)
+    with bar, contextlib.closing(pieces):
+        for place, begins, ids in pieces:
+            fresh = ids[used:used + limit - tokens]
+            waiting.append(fresh)
+            tokens, used, size = tokens + len(fresh), used + len(fresh), size + len(fresh)
+            bar.update(len(fresh))
+            while size > s.shard_tokens:
+                ids = np.concatenate(waiting)
+                waiting, size = [ids[s.shard_tokens:]], size - s.shard_tokens
+                write_shard(f"{path}_{at['number']:06d}.bin", ids[:s.shard_tokens])
+                at.update(number=at["number"] + 1, tokens=tokens - size, place=place,
+                          used=used - size)
+                yield
+            at.update(documents=place.documents + begins, skipped=place.skipped)
+            if tokens == limit:
+                break
+            used = 0
+    write_shard(f"{path}_{at['number']:06d}.bin", np.concatenate([*waiting, end]))
+    at["place"] = None
+    yield
+
+
+def write_shard(path, tokens):
+    """Writes a shard in llm.c's format, atomically. tokens: (n,) ids below 65,536."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    parts = header.data, np.asarray(tokens).astype("<u2").data
+    write_atomically(path, lambda file: file.writelines(parts))
+
+
+# ---- meta.json ----
+
+PROGRESS = "unfinished.json"
+CHOOSE = ": choose another --out_dir, or remove it"
+
+
+def overlapping(paths, overlap=1):
+    """Yields (n,) int64 ids, each time beginning with the last one before: no pair is lost."""
+    last = np.zeros(0, np.int64)
+    for path in paths:
+        shard = read_shard(path)
+        for begin in range(0, len(shard), PIECE):
+            ids = np.concatenate([last, shard[begin:begin + PIECE]])
+            yield ids
+            last = ids[len(ids) - overlap:]
+
+
+def count_tokens(paths, vocab_size):
+    counts = np.zeros(vocab_size, np.int64)
+    for ids in overlapping(paths, 0):
+        counts += np.bincount(ids, minlength=vocab_size)
+    return counts
+
+
+def count_pairs(paths, vocab_size):
+    """(V, V): how often each token follows each"""
+    pairs = np.zeros(vocab_size**2, np.uint32)
+    for ids in overlapping(paths):
+        np.add.at(pairs, ids[:-1] * vocab_size + ids[1:], np.uint32(1))
+    return pairs.reshape(vocab_size, vocab_size)
+
+
+def baselines(train, val, counts):
+    """Validation losses of models that only count, in nats per token. train, val: paths of shards;
+    counts: of the training tokens. Unseen tokens count once, unseen pairs by frequency (Witten &
+    Bell 1991, method C)."""
+    unigram = (counts + 1) / (counts + 1).sum()  # (V,)
+    nats, targets, has_pairs = collections.Counter(), 0, len(counts) <= 10_000
+    if has_pairs:
+        pairs = count_pairs(train, len(counts))  # (V, V), at most 400 MB
+        follow = pairs.sum(1, np.int64)  # (V,)
+        kinds = np.maximum(np.count_nonzero(pairs, 1), 1)  # (V,)
+    for ids in overlapping(val):
+        first, second = ids[:-1], ids[1:]
+        targets += len(second)
+        nats["unigram"] -= np.log(unigram[second]).sum()
+        if has_pairs:
+            likely = pairs[first, second] + kinds[first] * unigram[second]
+            nats["bigram"] -= np.log(likely / (follow[first] + kinds[first])).sum()
+    means = {name: float(total / targets) for name, total in nats.items()}
+    return {"uniform": math.log(len(counts))} | means
+
+
+def describe(folder, name, tokenizer, splits):
+    meta, shards, counts = {"dataset": name, "tokenizer": tokenizer.spec}, {}, {}
+    for split, paths in shard_paths(folder).items():
+        shards[split] = [path for path in paths if path.stat().st_size > 1024]
+        counts[split] = count_tokens(shards[split], tokenizer.vocab_size)
+        tokens = int(counts[split].sum())
+        if tokens < 4:
+            for path in [*folder.glob("*.bin"), folder / PROGRESS]:
+                path.unlink(missing_ok=True)  # a longer text may then use the folder
+            raise UserError(f"{name} is too short: its {split} split has {tokens} tokens")
+        meta[split] = {"tokens": tokens, "documents": splits[split]["documents"],
+                       "bytes": int(counts[split] @ tokenizer.token_bytes())}
+    meta["landmarks"] = baselines(shards["train"], shards["val"], counts["train"])
+    return meta
+
+
+def report(folder, meta):
+    for split in ("train", "val"):
+        its = meta[split]
+        print(f"{split}: {its['documents']:,} documents, {its['tokens']:,} tokens, "
+              f"{its['bytes'] / its['tokens']:.2f} bytes per token")
+    losses = dict(meta["landmarks"])
+    if "entropy_floor" in meta:
+        losses["entropy_floor"] = meta["entropy_floor"]
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    print(f"{meta['tokenizer']['kind']} tokenizer; baselines in nats per token: {shown}")
+    where = folder.as_posix()
+    presets = [name for name, change in PRESETS.items() if change.get("data_dir") == where]
+    command = ["python", "train_gpt2.py"]
+    if presets:
+        command.append(f"--preset={' or '.join(presets)}")
+    elif where != "data/stories":
+        command += [f"--data_dir={folder}", f"--out_dir=out/{folder.name}", "--rows=stream"]
+    print(f"written to {folder}; now: {shlex.join(command)}")
+
+
+# ---- The pipeline: source -> tokenizer -> shards -> meta.json ----
+
+
+def name_of(s):
+    """The data set's name."""
+    path = s.dataset
+    if path.startswith("hf:"):
+        path = path.split(":")[1]
+    name = unpacked(path).stem
+    if is_pattern(path):
+        name = Path(path).parent.name or "texts"
+    name = re.sub(r"[^\w.-]", "_", name)
+    if name in OURS and s.dataset != name:
+        name += "_text"
+    return name
+
+
+def claim(folder, settings):
+    """The progress of an unfinished preparation with these settings, or of a new one; None if the
+    data set is complete."""
+    with one_line(f"cannot use {folder}", CHOOSE):
+        names = sorted(os.listdir(folder)) if folder.exists() else []
+        record = "meta.json" if "meta.json" in names else PROGRESS
+        if record not in names:
+            for name in names:
+                if not name.endswith(".tmp"):
+                    raise UserError(f"{folder} holds something else ({name}){CHOOSE}")
+            return {"settings": settings, "tokenizer": None, "splits": {}}
+        found = json.loads((folder / record).read_bytes())
+        for key, value in settings.items():
+            there = found["settings"].get(key)
+            if there != value:
+                how = "from another text" if key == "dataset" else f"with {key}={there}"
+                raise UserError(f"{folder} holds data prepared {how}{CHOOSE}")
+    return found if record == PROGRESS else None
+
+
+def prepare(s):
+    """Text to shards. What an earlier, unfinished run has written is kept."""
+    paths, name = find_files(s.dataset), name_of(s)
+    kind, folder = USUAL.get(s.dataset, "bpe"), f"data/{name}"
+    if s.tokenizer not in ("auto", kind):
+        kind, folder = s.tokenizer, f"{folder}_{s.tokenizer}"
+    folder = Path(s.out_dir or folder)
+    settings = asdict(s) | {"tokenizer": kind}
+    del settings["out_dir"]
+    if paths:
+        settings["dataset"] = [f"{Path(path).name} {checksum(path):08x}" for path in paths]
+    if kind in ("gpt2", "char"):
+        del settings["vocab_size"]
+    progress = claim(folder, settings)
+    if progress is None:
+        (folder / PROGRESS).unlink(missing_ok=True)
+        print(f"{folder} is complete already")
+        return
+    parts = open_source(s, paths)
+    if progress["tokenizer"]:
+        print(f"continuing in {folder}")
+    else:
+        progress["tokenizer"] = make_tokenizer(kind, parts, s)
+    tokenizer = Tokenizer(progress["tokenizer"])
+    make_folder(folder)
+    write_text(folder / PROGRESS, json.dumps(progress))
+    for split, part in parts.items():
+        # llm.c's numbers: a validation shard is 0, those for training are 1, 2, ...
+        number = 1 if split == "train" else 0
+        at = progress["splits"].setdefault(
+            split, {"number": number, "tokens": 0, "place": START, "used": 0})
+        if at["place"]:
+            for _ in write_split(s, f"{folder / name}_{split}", part, tokenizer, at):
+                # After the shard: if a kill comes between, it is written again
+                write_text(folder / PROGRESS, json.dumps(progress))
+    meta = describe(folder, name, tokenizer, progress["splits"])
+    if s.dataset == "stories":
+        meta |= entropy_floor(s, folder, tokenizer, meta["val"])
+    # Before meta.json: no later run cleans a complete folder
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
+    (folder / PROGRESS).unlink(missing_ok=True)
+    report(folder, meta)
+    skipped = sum(at["skipped"] for at in progress["splits"].values())
+    if skipped:
+        unit = "lines" if paths and reader_of(paths[0]) is read_lines else "rows"
+        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
 
 
 # ---- The BPE trainer ----
 
 BYTES = [bytes([byte]) for byte in range(256)]
 NO_TOKEN = 255  # a byte that is not in UTF-8: between words, and where a merge took a token out
+SHIFT = 65_536  # a pair of tokens is one number, left * SHIFT + right
 
 
 def train_bpe(texts, vocab_size):
@@ -751,105 +798,42 @@ def train_bpe(texts, vocab_size):
             merges.append(best)
             words = [merged(word, best) for word in words]
 
-    It is faster: equal words are counted together, a merge visits only the places of its pair, and
-    pairs wait in a list for each count. One whose count fell moves on when its list is `top`."""
+    It is faster: each distinct word is kept once, with its count; a merge visits only the places of
+    its pair; and pairs wait in a list for each count. A pair's count can only fall: all its places
+    appear at once, when its newer token is made, and later merges take some."""
     if not 257 <= vocab_size <= 65_536:
         raise UserError(f"vocab_size is {vocab_size:,}: it must be from 257 to 65,536")
     corpus = Corpus(count_words(texts))
-    tokens = [*BYTES]
-    counts, merges, top, heap = corpus.count(), [], [], []
-    waiting = {0: []}
-
-    def names(pair):
-        return tokens[pair >> 16], tokens[pair & 65_535]
-
-    def wait(pair):
-        if (count := counts[pair]) not in waiting:
-            waiting[count] = []
-            heapq.heappush(heap, -count)  # the smallest comes first
+    tokens, merges, waiting = [*BYTES], [], collections.defaultdict(list)
+    names = partial(names_of, tokens)
+    for pair, count in corpus.pairs_of_bytes():
         waiting[count].append(pair)
-
-    for pair in counts:
-        wait(pair)
     with tqdm(total=vocab_size - 257, desc="merges", disable=None) as bar:
-        while len(merges) < vocab_size - 257 and (top or heap):
-            if not top:
-                most = -heapq.heappop(heap)
-                top = sorted(waiting.pop(most), key=names)
-            pair = top.pop()
-            if counts[pair] < most:
-                wait(pair)
-                continue
-            merges.append(names(pair))
-            tokens.append(b"".join(names(pair)))
-            for made, gone, count in corpus.merge(pair, len(tokens) - 1):
-                counts[gone] -= count
-                counts[made] = count  # all of it: from now on it can only fall
-                if count == most:
-                    bisect.insort(top, made, key=names)
-                else:
-                    wait(made)
-            bar.update()
+        while waiting and len(merges) < vocab_size - 257:
+            most = max(waiting)
+            best = sorted(waiting.pop(most), key=names)
+            # Now no pair outside of `best` occurs so often, and of those in it the last comes first
+            while best and len(merges) < vocab_size - 257:
+                pair = best.pop()
+                count = corpus.recount(pair)
+                if count < most:
+                    waiting[count].append(pair)
+                    continue
+                merges.append(names(pair))
+                tokens.append(b"".join(merges[-1]))
+                for made, count in corpus.merge(pair, len(tokens) - 1):
+                    if count < most:
+                        waiting[count].append(made)
+                    else:
+                        bisect.insort(best, made, key=names)
+                bar.update()
+            waiting.pop(0, None)
     return merges
 
 
-class Corpus:
-    """Distinct words as one row of tokens; a pair of tokens is left << 16 | right."""
-
-    def __init__(self, words):
-        row = "\udcff".join(["", *words, ""]).encode("utf-8", "surrogateescape")  # between: 255
-        self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
-        sizes = np.diff(np.flatnonzero(self.token == NO_TOKEN), prepend=-1)
-        self.weight = np.repeat([1, *words.values()], sizes)
-        self.after = np.arange(1, len(row) + 1, dtype=np.int32)  # the next token's place
-        self.before = self.after - 2
-        self.where = {}  # a pair's newer token, 255 for two bytes: (sorted pairs, their places)
-
-    def count(self):
-        """{pair of bytes: its count}"""
-        first, last = self.token[:-1], self.token[1:]
-        places = np.flatnonzero((first != NO_TOKEN) & (last != NO_TOKEN)).astype(np.int32)
-        places = places[np.argsort(first[places] << 8 | last[places], kind="stable")]
-        pairs, counts = self.add(255, join(first[places], last[places]), places)
-        return dict(zip(pairs.tolist(), counts.tolist(), strict=True))
-
-    def add(self, newer, pairs, places):
-        """Keeps sorted pairs and their places. Returns the distinct pairs and their counts."""
-        self.where[newer] = pairs, places
-        begins = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])[:len(pairs)])
-        return pairs[begins], np.add.reduceat(self.weight[places], begins)
-
-    def merge(self, pair, new):
-        """Makes a pair the token `new`. Yields (pair that appears, pair it replaces, count)."""
-        left, right = pair >> 16, pair & 65_535
-        pairs, places = self.where[max(left, right, 255)]
-        places = places[slice(*np.searchsorted(pairs, np.array([pair, pair + 1], np.uint32)))]
-        places = places[(self.token[places] == left) & (self.token[self.after[places]] == right)]
-        if left == right:  # in a run of one token, every other place begins a pair
-            number = np.arange(len(places))
-            follows = np.append(False, self.before[places[1:]] == places[:-1])
-            begin = np.maximum.accumulate(np.where(follows, 0, number))
-            places = places[(number - begin) % 2 == 0]
-        second = self.after[places]
-        before, after = self.before[places], self.after[second]
-        self.token[places], self.token[second] = new, NO_TOKEN
-        self.after[places], self.before[after] = after, places
-        first, last = self.token[before], self.token[after]
-        ahead, behind = first != NO_TOKEN, last != NO_TOKEN
-        first, last = first[ahead], last[behind]
-        # Sorted by the other token, of 16 bits, which numpy does in linear time
-        order = np.append(np.argsort(first, kind="stable"),
-                          np.argsort(last, kind="stable") + len(first))
-        pairs = np.append(join(first, new), join(new, last))[order]
-        pairs, counts = self.add(new, pairs, np.append(before[ahead], places[behind])[order])
-        first, last = pairs >> 16, pairs & 65_535
-        # What stands before `new` stood before `left`, what follows it followed `right`
-        gone = join(np.where(first == new, right, first), np.where(last == new, left, last))
-        return zip(pairs.tolist(), gone.tolist(), counts.tolist(), strict=True)
-
-
-def join(left, right):
-    return np.left_shift(left, 16, dtype=np.uint32) | np.uint32(right)
+def names_of(tokens, pair):
+    left, right = divmod(pair, SHIFT)
+    return tokens[left], tokens[right]
 
 
 def count_words(texts):
@@ -861,125 +845,79 @@ def count_words(texts):
     return words
 
 
-def bpe_spec(merges):
-    tokens = [*BYTES, *(left + right for left, right in merges)]
-    return {"kind": "bpe", "ranks": [token.decode("latin-1") for token in tokens]}
+def pair_of(left, right):
+    return np.left_shift(left, 16, dtype=np.int64) | right
 
 
-# ---- Weights of OpenAI and transformers -> a checkpoint ----
+class Corpus:
+    """All distinct words in one row of tokens, a byte each at first. `after` and `before` link each
+    token to its neighbours, so that a merge can take one out without moving the rest."""
 
-# transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
-FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-             add_cross_attention=False)
-GPT2_TOKENS = "e424375bafc3"
+    def __init__(self, words):
+        pieces = [word.encode() for word in words]
+        row = b"\xff" + b"\xff".join(pieces) + b"\xff"
+        sizes = [len(piece) + 1 for piece in pieces]
+        self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
+        self.weight = np.repeat([0, *words.values()], [1, *sizes])  # how often its word occurs
+        self.after = np.arange(1, len(row) + 1)
+        self.before = self.after - 2
+        self.places = {}  # of each pair: where its first token stands, or stood before a merge
 
+    def pairs_of_bytes(self):
+        first, second = self.token[:-1], self.token[1:]
+        places = np.flatnonzero((first != NO_TOKEN) & (second != NO_TOKEN))
+        return self.keep(pair_of(first[places], second[places]), places)
 
-def convert_weights(name, out_dir=""):
-    """Writes a GPT-2 as a checkpoint at step 0 and returns its path: out/openai-<name>/best.pt for
-    one of OpenAI's models, downloaded if it is not cached; out/<its name>/best.pt for a folder that
-    transformers wrote. Nothing in it is executed. Raises UserError for anything but a GPT-2."""
-    path = Path(out_dir, "best.pt") if out_dir else converted_path(name)
-    if path.exists():
-        print(f"{path} is there already")
-        return path
-    folder = Path(name) if os.path.isdir(name) else download_model(name)
-    with one_line(f"{folder} holds no GPT-2 that can be converted"):
-        config, settings = read_config(folder / "config.json")
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**config))
-        weights = read_weights(folder, model)
-    checkpoint = make_checkpoint(model, settings=settings) | {
-        "model": weights, "tokenizer": read_tokenizer(folder, config["vocab_size"])}
-    make_folder(path.parent)
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-    print(f"written to {path}; now: python sample.py {shlex.quote(f'--checkpoint={path}')}")
-    return path
+    def keep(self, pairs, places):
+        """Keeps the places of new pairs. Returns (pair, its count) of each distinct one."""
+        order = np.argsort(pairs, kind="stable")
+        pairs, places = pairs[order], places[order]
+        # Now equal pairs are side by side: the first begins at 0, the next where the pair changes
+        changes = np.flatnonzero(pairs[1:] != pairs[:-1]) + 1
+        begins = np.concatenate([[0], changes])[:len(pairs)]
+        counts = np.add.reduceat(self.weight[places], begins).tolist()
+        pairs = pairs[begins].tolist()
+        begins = begins.tolist()
+        for pair, begin, end in zip(pairs, begins, [*begins[1:], len(places)], strict=False):
+            self.places[pair] = places[begin:end]
+        return zip(pairs, counts, strict=True)
 
+    def recount(self, pair):
+        """How often a pair occurs by now. From here on `places` has only those that are left."""
+        left, right = divmod(pair, SHIFT)
+        places = self.places[pair]
+        places = places[self.token[places] == left]
+        places = places[self.token[self.after[places]] == right]
+        self.places[pair] = places
+        return int(self.weight[places].sum())
 
-def weight_file():
-    found = importlib.util.find_spec("safetensors")
-    return "model.safetensors" if found else "pytorch_model.bin"
+    def merge(self, pair, new):
+        """Makes a pair the token `new` everywhere. Returns (pair, its count) of the pairs that
+        `new` is in."""
+        left, right = divmod(pair, SHIFT)
+        places = self.places.pop(pair)
+        if left == right:
+            places = self.every_other(places)
+        # Now no two of these pairs overlap
+        second = self.after[places]
+        ahead, behind = self.before[places], self.after[second]
+        self.token[places], self.token[second] = new, NO_TOKEN
+        self.after[places], self.before[behind] = behind, places
+        # Now `new` has the place of both tokens in the row. Where two of them are side by side,
+        # `ahead` of the right one is the NO_TOKEN inside the left one: so they are found once
+        first, last = self.token[ahead], self.token[behind]
+        pairs = np.concatenate([pair_of(first, new), pair_of(new, last)])
+        inside = np.concatenate([first, last]) != NO_TOKEN
+        return self.keep(pairs[inside], np.concatenate([ahead, places])[inside])
 
-
-def download_model(name):
-    import huggingface_hub as hub
-    hub.logging.set_verbosity_error()
-    with one_line(f"{name} cannot be downloaded", ": name a folder that holds it"):
-        return Path(hub.snapshot_download(f"openai-community/{name}", allow_patterns=[
-            "config.json", "vocab.json", "merges.txt", weight_file()]))
-
-
-def read_config(path):
-    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
-    theirs = json.loads(path.read_bytes())
-    config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    wrong = [key for key, value in FIXED.items() if theirs.get(key, value) != value]
-    if wrong:
-        raise ValueError(f"it differs in {', '.join(wrong)}")
-    config["activation"] = ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
-    config["block_size"] = theirs["n_positions"]
-    return config, {"rows": "documents"} if theirs.get("starts_documents") is True else {}
-
-
-def read_weights(folder, model):
-    """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
-    tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever a
-    library raises, for anything else."""
-    paths = sorted(folder.glob("model*.safetensors"))
-    if paths and weight_file() == "model.safetensors":
-        from safetensors.torch import load_file
-        found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
-    weights = {f"transformer.{name.removeprefix('transformer.')}":
-               tensor.t() if name.endswith(TRANSPOSED) else tensor
-               for name, tensor in found.items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    embedding = weights["transformer.wte.weight"]
-    head = weights.pop("transformer.lm_head.weight", embedding)
-    model.load_state_dict(weights, assign=True)
-    if not torch.equal(head, embedding):
-        raise ValueError("its output matrix is not its embedding")
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise ValueError("weights are not finite")
-    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
-
-
-def read_tokenizer(folder, vocab_size):
-    """The spec of the tokenizer in a folder: a byte-level BPE whose ids are in the order of its
-    merges, <|endoftext|> last. {} if there is none, or one of another kind or size."""
-    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
-        return {"kind": "gpt2"} if vocab_size == 50257 else {}
-    with contextlib.suppress(Exception):  # a damaged tokenizer is none
-        plain = True
-        if (folder / "vocab.json").exists():
-            vocabulary = json.loads((folder / "vocab.json").read_bytes())
-            merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-        else:
-            whole = json.loads((folder / "tokenizer.json").read_bytes())
-            vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
-            words = whole["pre_tokenizer"]
-            plain = (not whole["normalizer"] and words["type"] == "ByteLevel" and
-                     not words["add_prefix_space"] and words.get("use_regex", True))
-        *names, last = sorted(vocabulary, key=vocabulary.get)
-        merged = ["".join(merge).replace(" ", "") for merge in merges]
-        # Printable bytes stand for themselves, characters from number 256 on for the others
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in shown]
-        byte_of = dict(zip(map(chr, [*shown, *range(256, 324)]), [*shown, *hidden], strict=True))
-        tokens = [bytes(byte_of[character] for character in name) for name in names]
-        if (plain and last == END_OF_TEXT and merged == [name for name in names if len(name) > 1]
-                and sorted(vocabulary.values()) == list(range(vocab_size))
-                and len(names) - len(merged) == 256):
-            if hashlib.sha256(b"\n".join(tokens)).hexdigest().startswith(GPT2_TOKENS):
-                return {"kind": "gpt2"}
-            return {"kind": "bpe", "ranks": [token.decode("latin-1") for token in tokens]}
-    return {}
+    def every_other(self, places):
+        """In a run of one token, as in "aaaa", every other place begins a pair."""
+        chosen, taken = [], None
+        for place in places.tolist():
+            if place != taken:
+                chosen.append(place)
+                taken = self.after[place]
+        return np.array(chosen, np.int64)
 
 
 # ---- The embedded stories ----
@@ -1044,6 +982,8 @@ SENTENCES = [
 ]
 PRONOUNS = {"girl": dict(child="girl", he="she", his="her", him="her"),
             "boy": dict(child="boy", he="he", his="his", him="him")}
+OPTIONS = dict(hero=list(HEROES), trait=TRAITS, place=PLACES, thing=THINGS,
+               trouble=list(TROUBLES), feeling=FEELINGS, game=GAMES)
 
 
 def options(slot, known):
@@ -1054,33 +994,40 @@ def options(slot, known):
         return [name for name in HEROES if name != known["hero"]]
     if slot == "fix":
         return TROUBLES[known["trouble"]]
-    return dict(hero=list(HEROES), trait=TRAITS, place=PLACES, thing=THINGS,
-                trouble=list(TROUBLES), feeling=FEELINGS, game=GAMES)[slot]
+    return OPTIONS[slot]
 
 
 def story(choose):
     """One story as a list of (text, skill, nats). choose(options) returns one of a list. The first
     word of a sentence is a choice, since it shows the wording; so is a {word} where it appears
     first. nats: the sum of ln(number of options) over the choices since the piece before."""
-    nats, known, told, pieces = 0.0, {}, set(), []
-
-    def pick(among):
-        nonlocal nats
-        nats += math.log(len(among))
-        return choose(among)
-
-    known["hero"] = pick(list(HEROES))
+    heroes = list(HEROES)
+    known, told, pieces, nats = {"hero": choose(heroes)}, set(), [], math.log(len(heroes))
     for wordings in SENTENCES:
-        for i, text in enumerate(regex.findall(r'\{\w+\}|^"|^\w+|[^{]+', pick(wordings))):
-            skill, slot = "wording" if i else "choices", text.strip("{}")
-            if text != slot:
+        nats += math.log(len(wordings))
+        parts = re.findall(r'\{\w+\}|^"|^\w+|[^{]+', choose(wordings))
+        for number, text in enumerate(parts):
+            skill = "choices" if number == 0 else "wording"
+            slot = text.strip("{}")
+            if slot != text:
                 if slot not in known:
-                    known[slot] = pick(options(slot, known))
-                skill, text = "recall" if slot in told else "choices", known[slot]
-                told |= {slot, *PRONOUNS["girl"]} if slot == "hero" else {slot}
-            pieces.append((text if i or not pieces else " " + text, skill, nats))
+                    among = options(slot, known)
+                    nats += math.log(len(among))
+                    known[slot] = choose(among)
+                text = known[slot]
+                skill = "recall" if slot in told else "choices"
+                told.add(slot)
+                if slot == "hero":
+                    told.update(PRONOUNS["girl"])  # the name shows which they are
+            if number == 0 and pieces:
+                text = " " + text
+            pieces.append((text, skill, nats))
             nats = 0.0
     return pieces
+
+
+def text_of_story(pieces):
+    return "".join(text for text, _, _ in pieces)
 
 
 def write_stories(seed):
@@ -1091,26 +1038,163 @@ def write_stories(seed):
 def label(stories, tokenizer):
     """(n,) uint8: the index in SKILLS of each token of a split with these stories. A token has the
     skill of its last character; separators are wording."""
-    between, sizes, labels = len(separator(tokenizer)), tokenizer.token_bytes(), []
+    between = np.zeros(len(separator(tokenizer)), np.uint8)
+    sizes, labels = tokenizer.token_bytes(), []
     for pieces in stories:
-        ends = np.cumsum([len(text) for text, _, _ in pieces])
-        ids = tokenizer.encode("".join(text for text, _, _ in pieces))
-        last = np.cumsum(sizes[ids]) - 1
-        skills = np.array([SKILLS.index(skill) for _, skill, _ in pieces], np.uint8)
-        labels += [np.zeros(between, np.uint8), skills[np.searchsorted(ends, last, side="right")]]
+        texts, skills, _ = zip(*pieces, strict=True)
+        last = np.cumsum(sizes[tokenizer.encode("".join(texts))]) - 1  # each token's last character
+        numbers = np.array([*map(SKILLS.index, skills)], np.uint8)
+        labels += [between, np.repeat(numbers, [*map(len, texts)])[last]]
     if tokenizer.eot is None:
         return np.concatenate(labels[1:])
-    return np.concatenate([*labels, np.zeros(1, np.uint8)])
+    return np.concatenate([*labels, between])
 
 
 def entropy_floor(s, folder, tokenizer, val):
     """Writes skills.npy, and returns the lowest loss to expect of any model: the sum of -ln p over
     the validation targets (all tokens but the first) by their number, also for each skill."""
-    targets, told = val["tokens"] - 1, write_stories(s.seed)[-val["documents"]:]
+    targets = val["tokens"] - 1
+    told = write_stories(s.seed)[-val["documents"]:]
     write_atomically(folder / "skills.npy", lambda file: np.save(file, label(told, tokenizer)))
-    skills = {skill: sum(nats for pieces in told for _, its, nats in pieces if its == skill)
-              / targets for skill in SKILLS}
+    nats = dict.fromkeys(SKILLS, 0.0)
+    for pieces in told:
+        for _, skill, its in pieces:
+            nats[skill] += its
+    skills = {skill: total / targets for skill, total in nats.items()}
     return {"skills": skills, "entropy_floor": sum(skills.values())}
+
+
+# ---- Weights of OpenAI and transformers -> a checkpoint ----
+
+# transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+             add_cross_attention=False)
+GPT2_TOKENS = "e424375bafc3"
+
+
+def weight_file():
+    found = importlib.util.find_spec("safetensors")
+    return "model.safetensors" if found else "pytorch_model.bin"
+
+
+def download_model(name):
+    import huggingface_hub as hub
+    hub.logging.set_verbosity_error()
+    wanted = ["config.json", "vocab.json", "merges.txt", weight_file()]
+    with one_line(f"{name} cannot be downloaded", ": name a folder that holds it"):
+        return Path(hub.snapshot_download(f"openai-community/{name}", allow_patterns=wanted))
+
+
+def read_config(path):
+    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
+    theirs = json.loads(path.read_bytes())
+    wrong = [key for key, value in FIXED.items() if theirs.get(key, value) != value]
+    if wrong:
+        raise ValueError(f"it differs in {', '.join(wrong)}")
+    config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    config["activation"] = ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
+    config["block_size"] = theirs["n_positions"]
+    settings = {}
+    if theirs.get("starts_documents") is True:
+        settings["rows"] = "documents"
+    return config, settings
+
+
+def load_tensors(folder):
+    """{name: tensor} of all weights in a folder of transformers'."""
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths or weight_file() != "model.safetensors":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
+    from safetensors.torch import load_file
+    found = {}
+    for path in paths:
+        found |= load_file(path)
+    return found
+
+
+def read_weights(folder, model):
+    """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
+    tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever a
+    library raises, for anything else."""
+    weights = {}
+    for name, tensor in load_tensors(folder).items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        weights[f"transformer.{name.removeprefix('transformer.')}"] = tensor
+    embedding = weights["transformer.wte.weight"]
+    head = weights.pop("transformer.lm_head.weight", embedding)
+    model.load_state_dict(weights, assign=True)
+    if not torch.equal(head, embedding):
+        raise ValueError("its output matrix is not its embedding")
+    for tensor in weights.values():
+        if not tensor.isfinite().all():
+            raise ValueError("weights are not finite")
+    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
+
+
+def convert_weights(name, out_dir=""):
+    """Writes a GPT-2 as a checkpoint at step 0 and returns its path: out/openai-<name>/best.pt for
+    one of OpenAI's models, downloaded if it is not cached; out/<its name>/best.pt for a folder that
+    transformers wrote. Nothing in it is executed. Raises UserError for anything but a GPT-2."""
+    path = Path(out_dir, "best.pt") if out_dir else converted_path(name)
+    if path.exists():
+        print(f"{path} is there already")
+        return path
+    folder = Path(name) if os.path.isdir(name) else download_model(name)
+    with one_line(f"{folder} holds no GPT-2 that can be converted"):
+        config, settings = read_config(folder / "config.json")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**config))
+        weights = read_weights(folder, model)
+    checkpoint = make_checkpoint(model, settings=settings) | {
+        "model": weights, "tokenizer": read_tokenizer(folder, config["vocab_size"])}
+    make_folder(path.parent)
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    print(f"written to {path}; now: python sample.py {shlex.quote(f'--checkpoint={path}')}")
+    return path
+
+
+def read_vocabulary(folder):
+    """({token: id}, merges) as a folder of transformers' has them. Raises ValueError for a
+    tokenizer that changes texts or cuts them elsewhere than GPT-2's."""
+    if (folder / "vocab.json").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        return json.loads((folder / "vocab.json").read_bytes()), lines[1:]
+    whole = json.loads((folder / "tokenizer.json").read_bytes())
+    words = whole["pre_tokenizer"]
+    cuts = words["type"], words["add_prefix_space"], words.get("use_regex", True)
+    if whole["normalizer"] or cuts != ("ByteLevel", False, True):
+        raise ValueError("it cuts texts elsewhere")
+    return whole["model"]["vocab"], map("".join, whole["model"]["merges"])
+
+
+def read_tokenizer(folder, vocab_size):
+    """The spec of the tokenizer in a folder: a byte-level BPE whose ids are in the order of its
+    merges, <|endoftext|> last. {} if there is none, or one of another kind or size."""
+    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        return {"kind": "gpt2"} if vocab_size == 50257 else {}
+    # Printable bytes stand for themselves, characters from number 256 on for the others
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    byte_of = dict(zip(map(chr, [*shown, *range(256, 324)]), [*shown, *hidden], strict=True))
+    with contextlib.suppress(Exception):  # a damaged tokenizer is none
+        vocabulary, merges = read_vocabulary(folder)
+        names = sorted(vocabulary, key=vocabulary.get)[:256]
+        names += [merge.replace(" ", "") for merge in merges]
+        tokens = [bytes(byte_of[character] for character in name) for name in names]
+        ids = [vocabulary[name] for name in [*names, END_OF_TEXT]]
+        if ids == [*range(vocab_size)] and len(vocabulary) == vocab_size:
+            if hashlib.sha256(b"\n".join(tokens)).hexdigest().startswith(GPT2_TOKENS):
+                return {"kind": "gpt2"}
+            return Tokenizer({"kind": "bpe", "ranks": as_text(tokens)}).spec
+    return {}
 
 
 # ---- The command line ----

@@ -14,6 +14,10 @@ from urllib.parse import parse_qs, unquote, urlparse
 from conftest import ROOT
 
 COMMIT = "c" * 40
+NAME = r"([^/]+/[^/]+?|[^/]+?)"
+ABOUT = re.compile(rf"/api/(models|datasets)/{NAME}"
+                   r"(?:/(?:revision/[^/]+|(tree|paths-info)/[^/]+(?:/(.*))?))?")
+FILE = re.compile(rf"/(datasets/)?{NAME}/resolve/[^/]+/(.+)")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -23,51 +27,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        hub = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        url = urlparse(self.path)
-        path = unquote(url.path)
-        name = r"([^/]+/[^/]+?|[^/]+?)"
-        match = re.fullmatch(rf"/api/(models|datasets)/{name}"
-                             r"(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
-        if match and match[2] in hub.repositories[match[1]]:
-            files = hub.repositories[match[1]][match[2]]
-            return self.about(files, match, body, "recursive=true" in url.query.lower())
-        match = re.fullmatch(rf"/(datasets/)?{name}/resolve/([^/]+)/(.+)", path)
-        kind = "datasets" if match and match[1] else "models"
-        if match and match[2] in hub.repositories[kind]:
-            return self.file(hub.repositories[kind][match[2]], match[4])
+        path = unquote(urlparse(self.path).path)
+        repositories = self.server.repositories
+        if match := ABOUT.fullmatch(path):
+            kind, name, what, inside = match.groups()
+            if name in repositories[kind]:
+                return self.about(name, repositories[kind][name], what, inside, body)
+        elif match := FILE.fullmatch(path):
+            kind = "datasets" if match[1] else "models"
+            if match[2] in repositories[kind]:
+                return self.file(repositories[kind][match[2]], match[3])
         self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_POST = do_GET
 
     def send(self, status, data, headers=(), part=None):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in dict(headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[:part])
 
-    def about(self, files, match, body, recursive):
-        entries = [{"type": "file", "path": name, "size": len(data),
-                    "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
-        if match[3] == "tree":
-            start = (match[5] + "/") if match[5] else ""
-            inside = [entry for entry in entries if entry["path"].startswith(start)]
-            if not inside:
-                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            found = {start + e["path"][len(start):].split("/")[0]: e for e in inside}
-            found = inside if recursive else [
-                e if path in files else {"type": "directory", "path": path, "size": 0, "oid": "0"}
-                for path, e in found.items()]
-        elif match[3] == "paths-info":
-            wanted = (json.loads(body) if body[:1] == b"{" else parse_qs(body.decode()))["paths"]
-            found = [entry for entry in entries if entry["path"] in wanted]
+    def about(self, name, files, what, inside, body):
+        if what == "tree":
+            found = tree(files, inside, "recursive=true" in self.path.lower())
+        elif what == "paths-info":
+            asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
+            found = [entry(path, files[path]) for path in asked["paths"] if path in files]
         else:
-            siblings = [{"rfilename": entry["path"]} for entry in entries]
-            found = {"id": match[2], "sha": COMMIT, "siblings": siblings}
-        self.send(200, json.dumps(found).encode())
+            siblings = [{"rfilename": path} for path in files]
+            found = {"id": name, "sha": COMMIT, "siblings": siblings}
+        if found:
+            self.send(200, json.dumps(found).encode())
+        else:
+            self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def file(self, files, name):
         headers, status = {"X-Repo-Commit": COMMIT}, 200
@@ -76,9 +72,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = files[name]
         headers |= {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            data, status = data[first:last + 1], 206
+            size, first = len(data), int(part[1])
+            data, status = data[first:int(part[2] or size) + 1], 206
+            headers["Content-Range"] = f"bytes {first}-{first + len(data) - 1}/{size}"
         if self.command == "GET" and len(data) > 1000 and self.server.breaks > 0:
             self.server.breaks -= 1  # half of the file, and then the line is cut
             self.send(status, data, headers, len(data) // 2)
@@ -87,6 +83,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.send(status, data, headers)
+
+
+def entry(path, data):
+    oid = hashlib.sha1(data).hexdigest()
+    return {"type": "file", "path": path, "size": len(data), "oid": oid}
+
+
+def tree(files, folder, recursive):
+    """What is in a folder of a repository: files, and unless `recursive` the folders there."""
+    start = f"{folder}/" if folder else ""
+    found = {}
+    for path, data in files.items():
+        name, *deeper = path.removeprefix(start).split("/")
+        if not path.startswith(start):
+            continue
+        if deeper and not recursive:
+            found[name] = {"type": "directory", "path": start + name, "size": 0, "oid": "0"}
+        else:
+            found[path] = entry(path, data)
+    return [*found.values()]
 
 
 @contextlib.contextmanager
@@ -107,14 +123,18 @@ def serve(datasets=None, models=None, breaks=0):
 def run(address, home, *argv, code=None):
     """prepare_data.py, or other code, with the hub at this address, if any. A process of its own:
     the libraries read their environment when they are imported."""
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    where = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"} if address else {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    if address:
+        environment |= {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
     how = ["-c", code] if code else [str(ROOT / "prepare_data.py")]
-    return subprocess.run([sys.executable, *how, *argv], cwd=home, capture_output=True, text=True,
-                          timeout=300, env=os.environ | where | {"HF_HOME": str(home / "hf"),
-                                                                 "PYTHONPATH": path})
+    return subprocess.run([sys.executable, *how, *argv], cwd=home, env=environment, timeout=300,
+                          capture_output=True, text=True)
 
 
 def is_one_line(done, message):
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done
-    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: "), done
+    assert done.stderr.count("\n") == 1, done
+    assert message in done.stderr

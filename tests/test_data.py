@@ -25,33 +25,13 @@ import train_gpt2
 WORDS = "the a of sun moon river 42 3.14 naïve 漢字 🙂🏽 don't\n\n \t end. \r\n It's ,,".split(" ")
 
 
+# ---- Texts, and files that hold them ----
+
+
 def documents_of(count, seed=0, words=60):
     draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, words))) + "." for _ in range(count)]
-
-
-def split_ids(folder, split):
-    return [i for path in train_gpt2.shard_paths(folder)[split]
-            for i in train_gpt2.read_shard(path).tolist()]
-
-
-def documents_in(folder):
-    """(the training split's texts, the validation split's); for characters one text each."""
-    tokenizer, found = train_gpt2.open_data(folder).tokenizer, []
-    for split in ("train", "val"):
-        ids, eot = split_ids(folder, split), tokenizer.eot
-        ends = [i for i, token in enumerate(ids) if eot is not None and token == eot]
-        assert eot is None or ends[0] == 0 and ends[-1] == len(ids) - 1
-        found.append([tokenizer.decode(ids[a + 1:b]) for a, b in zip(ends, ends[1:], strict=False)]
-                     or [tokenizer.decode(ids)])
-    return found
-
-
-def prepare(dataset, out, *argv):
-    """Prepares a data set; (training texts, validation texts, what was printed)."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert prepare_data.main([str(dataset), "--vocab_size=300", *argv, f"--out_dir={out}"]) == 0
-    return *documents_in(out), output.getvalue()
+    lengths = [draw.choices(WORDS, k=draw.randint(1, words)) for _ in range(count)]
+    return [" ".join(chosen) + "." for chosen in lengths]
 
 
 def parquet_of(names=None, **columns):
@@ -66,33 +46,78 @@ def lines_of(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def text_lines(texts):
+    return lines_of({"text": text} for text in texts)
+
+
 def source(kind, folder, documents):
     """A file of these documents; if it has columns, they are in `story`."""
     lines = lines_of({"n": i, "story": text} for i, text in enumerate(documents))
-    data = {"txt": "\n".join(filter(None, documents)).encode(), "jsonl": lines,
-            "jsonl.gz": gzip.compress(lines), "ndjson.xz": lzma.compress(lines),
-            "parquet": parquet_of(story=documents)}
+    if kind == "txt":
+        data = "\n".join(filter(None, documents)).encode()
+    elif kind == "parquet":
+        data = parquet_of(story=documents)
+    else:
+        pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "ndjson.xz": lzma.compress}[kind]
+        data = pack(lines)
     path = folder / f"tales.{kind}"
-    path.write_bytes(data[kind])
+    path.write_bytes(data)
     return path
 
 
-def test_each_split_has_its_documents_in_order(tmp_path):
+# ---- What was prepared ----
+
+
+def split_ids(folder, split):
+    shards = map(train_gpt2.read_shard, train_gpt2.shard_paths(folder)[split])
+    return np.concatenate([*shards]).tolist()
+
+
+def texts_in(folder, split):
+    """A split's documents; one text for characters."""
+    tokenizer, ids = train_gpt2.open_data(folder).tokenizer, split_ids(folder, split)
+    if tokenizer.eot is None:
+        return [tokenizer.decode(ids)]
+    first, *documents, last = bytes_between(tokenizer, ids)
+    assert first == last == b""
+    return [document.decode(errors="replace") for document in documents]
+
+
+def bytes_between(tokenizer, ids):
+    """The bytes before, between and after the marks of a split's documents."""
+    found = [b""]
+    for token in ids:
+        if token == tokenizer.eot:
+            found.append(b"")
+        else:
+            found[-1] += tokenizer.tokens[token]
+    return found
+
+
+def prepare(dataset, out, *argv):
+    """Prepares a data set; (training texts, validation texts, what was printed)."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert prepare_data.main([str(dataset), "--vocab_size=300", *argv, f"--out_dir={out}"]) == 0
+    return texts_in(out, "train"), texts_in(out, "val"), output.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_each_split_has_its_documents_in_order(kind, tmp_path):
     documents = documents_of(600)
-    dataset = source("jsonl", tmp_path, documents)
-    cut = len(documents) - len(documents) // 10
-    expected = dict(train=documents[:cut], val=documents[cut:])
-    for kind in ("bpe", "char"):
-        argv = [dataset, tmp_path / kind, f"--tokenizer={kind}", "--text_column=story",
-                "--shard_tokens=1000"]
-        *found, _ = prepare(*argv)
-        assert found == [t if kind == "bpe" else ["\n\n".join(t)] for t in expected.values()]
-        meta = train_gpt2.open_data(tmp_path / kind).meta
-        for (split, texts), tokens in zip(expected.items(), found, strict=True):
-            assert meta[split] == {
-                "documents": len(texts), "tokens": len(split_ids(tmp_path / kind, split)),
-                "bytes": sum(len(text.encode()) for text in tokens)}
-        assert "complete already" in prepare(*argv)[2]
+    argv = [source("jsonl", tmp_path, documents), tmp_path / "out", f"--tokenizer={kind}",
+            "--text_column=story", "--shard_tokens=1000"]
+    *found, _ = prepare(*argv)
+    meta = train_gpt2.open_data(tmp_path / "out").meta
+    for split, texts, there in zip(("train", "val"), (documents[:540], documents[540:]), found,
+                                   strict=True):
+        assert there == (texts if kind == "bpe" else ["\n\n".join(texts)])
+        assert meta[split]["documents"] == len(texts)
+        assert meta[split]["tokens"] == len(split_ids(tmp_path / "out", split))
+        assert meta[split]["bytes"] == sum(len(text.encode()) for text in there)
+    assert "complete already" in prepare(*argv)[2]
+
+
+# ---- Cut off ----
 
 
 class Cut(BaseException):
@@ -118,32 +143,33 @@ def stop_after_every_shard(argv):
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("piece", [1 << 20, 3000])
+@pytest.mark.parametrize("batch", [16, 2])
 @pytest.mark.parametrize("kind", ["txt", "ndjson.xz", "jsonl.gz", "parquet"])
-def test_stopped_after_every_shard(kind, piece, tmp_path, monkeypatch):
-    """Whether many shards lie in a batch or many batches in a shard."""
+def test_stopped_after_every_shard(kind, batch, tmp_path, monkeypatch):
+    """Whether many shards lie in a piece of a text or many pieces in a shard."""
     documents = documents_of(300, seed=6)
     dataset = source(kind, tmp_path, [*documents[:150], None, *documents[150:]])
-    monkeypatch.setattr(prepare_data, "PIECE", piece)
+    monkeypatch.setattr(prepare_data, "BATCH", batch)
+    monkeypatch.setattr(prepare_data, "LONGEST", 100_000 if batch == 16 else 500)
     monkeypatch.setattr(prepare_data, "ROWS", 40)
     argv = [str(dataset), "--text_column=story", "--shard_tokens=2000", "--vocab_size=280"]
-    assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert prepare_data.main([*argv, f"--out_dir={whole}"]) == 0
     if kind != "txt":
-        train, val = documents_in(tmp_path / "whole")
-        assert train + val == documents
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".out.bin.1.tmp").touch()  # as a kill leaves it
-    assert stop_after_every_shard([*argv, f"--out_dir={tmp_path / 'out'}"]) > 5
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert texts_in(whole, "train") + texts_in(whole, "val") == documents
+    out.mkdir()
+    (out / ".out.bin.1.tmp").touch()  # as a kill leaves it
+    assert stop_after_every_shard([*argv, f"--out_dir={out}"]) > 5
+    assert contents(out) == contents(whole)
 
 
 def test_killed_at_random_instants(tmp_path):
     """SIGKILL, in a run of more than 10 shards. 20 times with FULL_TESTS."""
     text, out = tmp_path / "tales.txt", tmp_path / "killed"
     text.write_bytes("\n".join(documents_of(60_000 if FULL else 8_000)).encode())
-    argv = [sys.executable, str(ROOT / "prepare_data.py"), str(text), "--vocab_size=400",
-            f"--shard_tokens={200_000 if FULL else 20_000}", f"--out_dir={out}"]
-    assert prepare_data.main([*argv[2:], f"--out_dir={tmp_path / 'whole'}"]) == 0
+    argv = [str(text), "--vocab_size=400", f"--shard_tokens={200_000 if FULL else 20_000}"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *argv, f"--out_dir={out}"]
+    assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
     whole = contents(tmp_path / "whole")
     assert len(whole) > 11
     draw, killed = random.Random(0), 0
@@ -152,14 +178,16 @@ def test_killed_at_random_instants(tmp_path):
             for path in out.iterdir():
                 path.unlink()
         enough = len([*out.glob("*.bin")]) + draw.randint(1, 3)
-        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None and len([*out.glob("*.bin")]) < enough:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.02))
         process.kill()
-        killed += process.wait() == (-signal.SIGKILL if os.name == "posix" else 1)
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-    assert contents(out) == whole and killed
+        if process.wait() == (-signal.SIGKILL if os.name == "posix" else 1):
+            killed += 1
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contents(out) == whole
+    assert killed > 0
 
 
 @posix
@@ -171,7 +199,7 @@ def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, capsys):
     argv.append(f"--out_dir={tmp_path / 'out'}")
     with small_files(30_000):
         assert "cannot write" in fails(prepare_data.main, argv, capsys)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [prepare_data.PROGRESS]
+    assert os.listdir(tmp_path / "out") == [prepare_data.PROGRESS]
     assert prepare_data.main(argv) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -182,44 +210,56 @@ def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, capsys):
 CARD = {"README.md": b"---\nlicense: mit\n---\n"}
 
 
+def repository(**splits):
+    """The files of a data set on the hub, a .parquet for each split."""
+    return CARD | {f"data/{split}-00000-of-00001.parquet": parquet_of(**columns)
+                   for split, columns in splits.items()}
+
+
 def test_a_data_set_of_the_hub(tmp_path):
     """Streamed through the unmodified library, while connections drop; its first documents are for
     validation. Stopped after every shard it gives the same bytes."""
     documents = documents_of(500, seed=2)
-    files = CARD | {f"data/train-0000{i}-of-00002.parquet": parquet_of(story=rows) for i, rows in
-                    enumerate(([*documents[:99], None, *documents[99:250]], documents[250:]))}
+    files = CARD | {
+        "data/train-00000-of-00002.parquet": parquet_of(
+            story=[*documents[:99], None, *documents[99:250]]),
+        "data/train-00001-of-00002.parquet": parquet_of(story=documents[250:])}
     argv = ["hf:me/tales", "--text_column=story", "--vocab_size=400", "--shard_tokens=2000"]
     with hub.serve(datasets={"me/tales": files}, breaks=2) as (address, server):
         done = hub.run(address, tmp_path, *argv)
-        assert done.returncode == 0 and server.breaks == 0, done
+        assert done.returncode == 0, done
+        assert server.breaks == 0
         stopped = hub.run(address, tmp_path, *argv, "--out_dir=stopped", code="""if True:
             import os, sys, test_data
-            test_data.prepare_data.PIECE, test_data.prepare_data.ROWS = 3000, 40
+            test_data.prepare_data.BATCH, test_data.prepare_data.ROWS = 2, 40
             print("\\nstops:", test_data.stop_after_every_shard(sys.argv[1:]), flush=True)
             os._exit(0)""")
     assert int(stopped.stdout.split("stops: ")[1]) > 3, stopped
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "data" / "tales")
-    train, val = documents_in(tmp_path / "data" / "tales")
-    assert val + train == documents and 10 < len(val) < len(train)
+    out = tmp_path / "data" / "tales"
+    assert contents(tmp_path / "stopped") == contents(out)
+    assert texts_in(out, "val") + texts_in(out, "train") == documents
+    assert 10 < len(texts_in(out, "val")) < 250
+    assert '1 rows without "story" skipped' in done.stdout
 
 
 def test_named_data_sets_of_the_hub(tmp_path):
     """Its own validation split comes first; HellaSwag as JSON lines. Out of reach: one line."""
-    name = "data/{}-00000-of-00001.parquet".format
-    tales = CARD | {name("train"): parquet_of(text=documents_of(300)),
-                    name("validation"): parquet_of(text=documents_of(20, 9))}
-    questions = CARD | {name("validation"): parquet_of(
-        ind=[1, 2], ctx=["A man", "A dog"], label=["0", "1"],
-        endings=[["sits", "b", "c", "d"], ["x", "runs", "y", "z"]])}
+    held_out = documents_of(20, 9)
+    tales = repository(train={"text": documents_of(300)}, validation={"text": held_out})
+    endings = [["sits", "b", "c", "d"], ["x", "runs", "y", "z"]]
+    questions = repository(validation={
+        "ind": [1, 2], "ctx": ["A man", "A dog"], "label": ["0", "1"], "endings": endings})
     served = {"roneneldan/TinyStories": tales, "Rowan/hellaswag": questions}
     with hub.serve(datasets=served) as (address, _):
         for dataset in ("tinystories", "hellaswag"):
             assert hub.run(address, tmp_path, dataset).returncode == 0
-    assert documents_in(tmp_path / "data" / "tinystories")[1] == ["\n\n".join(documents_of(20, 9))]
-    meta = train_gpt2.open_data(tmp_path / "data" / "tinystories").meta
-    assert meta["val"]["documents"] == 20 and meta["tokenizer"]["kind"] == "char"
+    out = tmp_path / "data" / "tinystories"
+    assert texts_in(out, "val") == ["\n\n".join(held_out)]
+    meta = train_gpt2.open_data(out).meta
+    assert meta["val"]["documents"] == 20
+    assert meta["tokenizer"]["kind"] == "char"
     lines = (tmp_path / train_gpt2.HELLASWAG).read_text().splitlines()
-    assert json.loads(lines[1])["endings"] == ["x", "runs", "y", "z"]
+    assert json.loads(lines[1]) == {"ctx": "A dog", "endings": endings[1], "label": "1"}
     hub.is_one_line(hub.run(None, tmp_path, "hf:me/others"), "network")
     assert not (tmp_path / "data" / "others").exists()
 
@@ -258,51 +298,66 @@ latin.txt | 0xf6 at byte 7
 hellaswag --out_dir=mine | leave out"""
 
 
-def test_mistakes_of_preparation(tmp_path, capsys, monkeypatch):
-    """One line each, and nothing is written."""
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    """The current folder, with the files that the table names."""
     monkeypatch.chdir(tmp_path)
     texts = documents_of(50)
     rows, odd = parquet_of(story=texts, n=range(50)), pyarrow.array([b"a", b"\xff"])
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    files = {
+        "tales.parquet": rows, "cut.parquet": rows[:-100], "z.zst": b"", "empty.jsonl": b"",
+        "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
+        "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
+        "lists.jsonl": lines_of({"story": [text]} for text in texts), "a.csv": b"text\na tale\n",
+        "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9],
+        "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine"}
     (tmp_path / "full").mkdir()
-    for name, data in {
-            "tales.parquet": rows, "cut.parquet": rows[:-100], "a.csv": b"text\na tale\n",
-            "lists.jsonl": lines_of({"story": [text]} for text in texts), "empty.jsonl": b"",
-            "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
-            "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
-            "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9], "z.zst": b"",
-            "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine",
-    }.items():
+    for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    before = contents(tmp_path)
-    for line in MISTAKES.splitlines():
-        argv, message = line.split(" | ")
-        assert message in fails(prepare_data.main, argv.split(), capsys), argv
-        assert contents(tmp_path) == before, argv
-    argv = ["short.txt", "--tokenizer=char", "--out_dir=out"]
-    (tmp_path / "short.txt").write_text("ab")
+    return tmp_path
+
+
+@pytest.mark.parametrize("row", MISTAKES.splitlines())
+def test_mistakes_of_preparation(row, faulty, capsys):
+    """One line each, and nothing is written."""
+    argv, message = row.split(" | ")
+    before = contents(faulty)
+    assert message in fails(prepare_data.main, argv.split(), capsys)
+    assert contents(faulty) == before
+
+
+def test_a_text_that_changes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, text = ["short.txt", "--tokenizer=char", "--out_dir=out"], tmp_path / "short.txt"
+    text.write_text("ab")
     assert "too short" in fails(prepare_data.main, argv, capsys)
-    (tmp_path / "short.txt").write_text("ab" * 100)  # lengthened, it may take the folder
+    text.write_text("ab" * 100)  # lengthened, it may take the folder
     assert prepare_data.main(argv) == 0
     before = contents(tmp_path / "out")
-    (tmp_path / "short.txt").write_text("other words")
+    text.write_text("other words")
     assert "from another text" in fails(prepare_data.main, argv, capsys)
     assert contents(tmp_path / "out") == before
 
 
-def test_baselines_are_those_of_a_plain_count():
+def test_baselines_are_those_of_a_plain_count(tmp_path):
     """Written out with dictionaries, over shards that cut pairs apart."""
     draw = np.random.default_rng(0)
     train, val = (draw.zipf(1.5, size) % 30 for size in (3000, 500))
-    shards = [np.array(part, np.uint16) for part in np.split(train, [700, 701, 2500])]
-    singles = collections.Counter(train.tolist())
-    pairs = collections.Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True))
-    unigram = {i: (singles[i] + 1) / (len(train) + 30) for i in range(30)}
-    nats = []
-    for a, b in zip(val[:-1].tolist(), val[1:].tolist(), strict=True):
-        total = sum(count for (first, _), count in pairs.items() if first == a)
-        kinds = max(1, sum(first == a for first, _ in pairs))
-        nats.append(-np.log((pairs[a, b] + kinds * unigram[b]) / (total + kinds)))
-    assert prepare_data.baselines(shards, [np.array(val, np.uint16)], 30) == pytest.approx({
-        "uniform": np.log(30), "bigram": np.mean(nats),
-        "unigram": -np.mean([np.log(unigram[b]) for b in val[1:].tolist()])}, rel=1e-9)
+    paths = [tmp_path / f"{number}.bin" for number in range(5)]
+    for path, part in zip(paths, [*np.split(train, [700, 701, 2500]), val], strict=True):
+        prepare_data.write_shard(path, part)
+    train, val = train.tolist(), val.tolist()
+    singles = collections.Counter(train)
+    pairs = collections.Counter(zip(train, train[1:], strict=False))
+    unigram, bigram = [], []
+    for first, second in zip(val, val[1:], strict=False):
+        share = (singles[second] + 1) / (len(train) + 30)
+        unigram.append(-np.log(share))
+        follow = [count for (before, _), count in pairs.items() if before == first]
+        kinds = max(1, len(follow))
+        bigram.append(-np.log((pairs[first, second] + kinds * share) / (sum(follow) + kinds)))
+    expected = {"uniform": np.log(30), "unigram": np.mean(unigram), "bigram": np.mean(bigram)}
+    counts = np.bincount(train, minlength=30)
+    found = prepare_data.baselines(paths[:4], paths[4:], counts)
+    assert found == pytest.approx(expected, rel=1e-9)

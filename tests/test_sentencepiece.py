@@ -15,23 +15,26 @@ import train_gpt2
 needs_library = pytest.mark.skipif(not importlib.util.find_spec("sentencepiece"),
                                    reason="sentencepiece is not installed")
 KIND = "--tokenizer=sentencepiece"
+TEXTS = ODD | {
+    "spaces": "  two  and \t tabs\t\n    four \n" * 50, "rare ones": "漢字" * 9999 + " a b",
+    "notation": "<unk> <s> <0x41> ▅<|endoftext|>" * 9 + "no " * 999,
+    "other alphabets": "plain words " * 90 + "漢字🙂é\u0378" * 9}
 
 
 @needs_library
-@pytest.mark.parametrize("name", [*ODD, "spaces", "rare ones", "notation", "other alphabets"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_texts_come_back_byte_for_byte(name, tmp_path):
     """All but the library's sign for a space."""
-    text = (ODD | {"spaces": "  two  and \t tabs\t\n    four \n" * 50,
-                   "rare ones": "漢字" * 9999 + " a b",
-                   "notation": "<unk> <s> <0x41> ▅<|endoftext|>" * 9 + "no " * 999,
-                   "other alphabets": "plain words " * 90 + "漢字🙂é\u0378" * 9})[name]
+    text = TEXTS[name]
     (tmp_path / "a.txt").write_bytes(text.encode())
     train, val, _ = prepare(tmp_path / "a.txt", tmp_path / "data", KIND, "--vocab_size=1024")
     assert "".join(train + val) == text
     tokenizer = train_gpt2.open_data(tmp_path / "data").tokenizer
     ids, sizes = tokenizer.encode(text), tokenizer.token_bytes()
-    assert tokenizer.decode(ids) == text and sizes[ids].sum() == len(text.encode())
-    assert tokenizer.eot not in ids and sizes[tokenizer.eot] == 0
+    assert tokenizer.decode(ids) == text
+    assert sizes[ids].sum() == len(text.encode())
+    assert tokenizer.eot not in ids
+    assert sizes[tokenizer.eot] == 0
     assert tokenizer.decode(tokenizer.encode("a▁b")) == "a b"
 
 
@@ -47,7 +50,8 @@ def test_from_a_text_to_an_explanation(small_run, tmp_path, capsys):
     capsys.readouterr()
     assert not sample.main(["the sun", f"--checkpoint={tmp_path / 'run' / 'best.pt'}", "--explain"])
     output = capsys.readouterr().out
-    assert output.startswith("the sun\n") and "bits per byte" in output
+    assert output.startswith("the sun\n")
+    assert "bits per byte" in output
 
 
 def test_without_the_library(tmp_path, monkeypatch, capsys):

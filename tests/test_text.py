@@ -5,7 +5,7 @@ import random
 import pytest
 import regex
 from conftest import fails
-from test_data import documents_of, lines_of, parquet_of, prepare
+from test_data import documents_of, lines_of, parquet_of, prepare, text_lines
 
 import prepare_data
 import train_gpt2
@@ -15,36 +15,41 @@ TEXTS = documents_of(60, seed=4)
 
 def test_only_the_text_column_matters(tmp_path):
     """Whatever else a line has. A line without it is counted; a date is text too."""
-    texts = [*TEXTS[:40], *(f"2024-01-{day}T00:00:00" for day in range(10, 30))]
-    files = [b"\xef\xbb\xbf" + lines_of({"text": text, "a": 1e400} for text in texts[:20]),
-             lines_of({"a": {"b": 1} if i < 9 else [], "text": text}
-                      for i, text in enumerate(texts[20:40])),
-             lines_of([{"body": "x"}, {"text": None}, {"text": 3}, 7]) + b" \n\r\n" +
-             lines_of({"text": text} for text in texts[40:])[:-1]]
+    dates = [f"2024-01-{day}T00:00:00" for day in range(10, 30)]
+    odd = [{"a": {"b": 1}, "text": TEXTS[20]}, {"a": [], "text": TEXTS[21]}]
+    without = lines_of([{"body": "x"}, {"text": None}, {"text": 3}, 7])
+    files = [b"\xef\xbb\xbf" + lines_of({"text": text, "a": 1e400} for text in TEXTS[:20]),
+             lines_of(odd), without + b" \n\r\n" + text_lines(dates)[:-1]]
     for i, data in enumerate(files):
         (tmp_path / f"{i}.jsonl").write_bytes(data)
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
-    assert train + val == texts and '4 lines without "text" skipped\n' in output
+    assert train + val == [*TEXTS[:22], *dates]
+    assert '4 lines without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("empty", ["", None])
 def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
     texts = [*TEXTS[:30], empty, *TEXTS[30:], *[empty] * 9]
-    (tmp_path / f"a.{kind}").write_bytes(
-        lines_of({"text": text} for text in texts) if kind == "jsonl" else parquet_of(text=texts))
+    data, unit = text_lines(texts), "lines"
+    if kind == "parquet":
+        data, unit = parquet_of(text=texts), "rows"
+    (tmp_path / f"a.{kind}").write_bytes(data)
     train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
-    assert (train, val) == (TEXTS[:54], TEXTS[54:])
-    assert f'10 {"lines" if kind == "jsonl" else "rows"} without "text" skipped\n' in output
+    assert train == TEXTS[:54]
+    assert val == TEXTS[54:]
+    assert f'10 {unit} without "text" skipped\n' in output
 
 
-def test_a_bad_line_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "bad", [b'{"text": "a"', b"{'text': 'a'}", b'{"text": "\xff"}', b"[" * 100_000])
+def test_a_bad_line_is_named(bad, tmp_path, capsys):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
-    for bad in (b'{"text": "a"', b"{'text': 'a'}", b'{"text": "\xff"}', b"[" * 100_000):
-        path.write_bytes(lines_of([{"text": "x"}, {"text": "y"}]) + bad + b"\n")
-        line = fails(prepare_data.main, [str(path), f"--out_dir={out}"], capsys)
-        assert "a.jsonl, line 3, is not JSON in UTF-8" in line and "network" not in line
-        assert not out.exists()
+    path.write_bytes(text_lines(["x", "y"]) + bad + b"\n")
+    line = fails(prepare_data.main, [str(path), f"--out_dir={out}"], capsys)
+    assert "a.jsonl, line 3, is not JSON in UTF-8" in line
+    assert "network" not in line
+    assert not out.exists()
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
@@ -60,8 +65,8 @@ def test_odd_texts_come_back_byte_for_byte(kind, tmp_path, request):
         request.getfixturevalue("gpt2_vocabulary")
     for name, text in ODD.items():
         (tmp_path / "a.txt").write_bytes(text.encode())
-        train, val, _ = prepare(tmp_path / "a.txt", tmp_path / name, f"--tokenizer={kind}",
-                                "--shard_tokens=500")
+        argv = [f"--tokenizer={kind}", "--shard_tokens=500"]
+        train, val, _ = prepare(tmp_path / "a.txt", tmp_path / name, *argv)
         assert "".join(train + val) == text, name
 
 
@@ -69,40 +74,58 @@ def test_runs_too_long_for_the_regular_expression(gpt2_vocabulary):
     """Nothing is lost, and before the run the ids are those of the whole text."""
     for run in [" ", "\t", "\n", "-", "ab", "1", "漢"]:
         text = "Once upon a time" + run * (1_200_000 // len(run)) + "the end"
-        ids = prepare_data.encode_array(gpt2_vocabulary, text)
-        assert gpt2_vocabulary.decode(ids.tolist()) == text
-        assert ids[:4].tolist() == gpt2_vocabulary.encode("Once upon a time")
+        ids = prepare_data.encode_array(gpt2_vocabulary, text).tolist()
+        assert gpt2_vocabulary.decode(ids) == text
+        assert ids[:4] == gpt2_vocabulary.encode("Once upon a time")
 
 
-def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(monkeypatch):
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    """Cut when it is read, and again when it is encoded."""
     text = "\u3000 \n\n".join(documents_of(40, seed=3)) + "  \u2003 x" + "\x1c \x1fz y" * 300
     tokenizer = train_gpt2.Tokenizer(prepare_data.bpe_spec(prepare_data.train_bpe([text], 400)))
+    whole, path = tokenizer.encode(text), tmp_path / "a.txt"
+    path.write_bytes(text.encode())
     for size in (300, 1000, 10**6):
         monkeypatch.setattr(prepare_data, "LONGEST", size)
-        assert prepare_data.encode_array(tokenizer, text).tolist() == tokenizer.encode(text)
+        assert prepare_data.encode_array(tokenizer, text).tolist() == whole
+        ids = []
+        for piece, _ in prepare_data.read_text(path, ""):
+            ids += tokenizer.encode(piece)
+        assert ids == whole
 
 
 # ---- The BPE trainer ----
 
 
+def words_of(texts):
+    found = []
+    for text in texts:
+        found += regex.findall(train_gpt2.SPLIT_PATTERN, text)
+    return found
+
+
+def join_pair(word, pair):
+    """Joins two tokens wherever they stand side by side in a word, from left to right."""
+    i = 0
+    while i < len(word) - 1:
+        if (word[i], word[i + 1]) == pair:
+            word[i:i + 2] = [b"".join(pair)]
+        i += 1
+
+
 def naive_bpe(texts, vocab_size):
     """Counts every pair anew before each merge: slow, and plainly right."""
-    words = [[bytes([b]) for b in word.encode()] for text in texts
-             for word in regex.findall(train_gpt2.SPLIT_PATTERN, text)]
+    words = [[bytes([byte]) for byte in word.encode()] for word in words_of(texts)]
     merges = []
     while len(merges) < vocab_size - 257:
-        counts = collections.Counter(
-            pair for word in words for pair in zip(word, word[1:], strict=False))
+        counts = collections.Counter()
+        for word in words:
+            counts.update(zip(word, word[1:], strict=False))
         if not counts:
             break
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        merges.append(best)
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
         for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [best[0] + best[1]]
-                i += 1
+            join_pair(word, merges[-1])
     return merges
 
 
@@ -115,5 +138,4 @@ def test_merges_are_those_of_a_naive_trainer(text):
     texts = [text, text[::-1]]
     for size in (257, 260, 300):
         assert prepare_data.train_bpe(texts, size) == naive_bpe(texts, size)
-    words = (word for text in texts for word in regex.findall(train_gpt2.SPLIT_PATTERN, text))
-    assert prepare_data.count_words(texts) == collections.Counter(words)
+    assert prepare_data.count_words(texts) == collections.Counter(words_of(texts))

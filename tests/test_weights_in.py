@@ -14,35 +14,51 @@ import sample
 from train_gpt2 import GPT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
-SIZES = [dict(n_layer=1, n_head=1, n_embd=16), dict(n_layer=2, n_head=3, n_embd=48)]
+SMALL = dict(n_layer=1, n_head=1, n_embd=16)
+LARGER = dict(n_layer=2, n_head=3, n_embd=48)
 
 
 def theirs_of(vocab_size=300, **shape):
     """A random GPT-2 of transformers', its biases and norms too."""
     torch.manual_seed(1)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=vocab_size, n_positions=24, bos_token_id=0, eos_token_id=0, **shape)).eval()
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=24, bos_token_id=0, eos_token_id=0, **shape)
+    model = transformers.GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-@pytest.mark.parametrize("form", ["safetensors", "openai", "shards"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['n_layer']} layers")
+def convert(folder):
+    return prepare_data.convert_weights(str(folder), str(folder / "converted"))
+
+
+def as_openai_has_it(theirs, folder):
+    """gpt2 on the hub has no prefix, no head, and the mask saved."""
+    state = {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril()}
+    for name, tensor in theirs.transformer.state_dict().items():
+        state[name] = tensor
+    theirs.config.save_pretrained(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+FORMS = {"safetensors": lambda theirs, folder: theirs.save_pretrained(folder),
+         "shards": lambda theirs, folder: theirs.save_pretrained(folder, max_shard_size="40KB"),
+         "openai": as_openai_has_it}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [SMALL, LARGER])
 def test_their_models_open_here(size, form, tmp_path):
     theirs = theirs_of(**size)
-    theirs.save_pretrained(tmp_path, max_shard_size="40KB" if form == "shards" else "1GB")
-    if form == "openai":  # gpt2 on the hub has no prefix, no head, and the mask saved
-        state = {name.removeprefix("transformer."): t for name, t in theirs.state_dict().items()
-                 if name != "lm_head.weight"}
-        state["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(state, tmp_path / "pytorch_model.bin")
-    path = prepare_data.convert_weights(str(tmp_path), str(tmp_path / "converted"))
+    FORMS[form](theirs, tmp_path)
+    path = convert(tmp_path)
     agree(GPT.from_checkpoint(path), theirs)
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["step"] == 0 and checkpoint["best_val_loss"] == math.inf
-    assert checkpoint["tokenizer"] == {} == checkpoint["settings"]
+    assert checkpoint["step"] == 0
+    assert checkpoint["best_val_loss"] == math.inf
+    assert checkpoint["tokenizer"] == {}
+    assert checkpoint["settings"] == {}
 
 
 # ---- Tokenizers ----
@@ -67,7 +83,8 @@ def swapped(a, b):
     def change(whole):
         vocab = whole["model"]["vocab"]
         names = sorted(vocab, key=vocab.get)
-        vocab[names[a]], vocab[names[b]] = vocab[names[b]], vocab[names[a]]
+        one, other = names[a], names[b]
+        vocab[one], vocab[other] = vocab[other], vocab[one]
     return change
 
 
@@ -76,7 +93,7 @@ def words_cut(**how):
 
 
 OTHER_TOKENIZERS = {
-    "unchanged": lambda whole: None, "spaces before texts": words_cut(add_prefix_space=True),
+    "spaces before texts": words_cut(add_prefix_space=True),
     "words not cut": words_cut(use_regex=False), "cut elsewhere": words_cut(type="Whitespace"),
     "accents taken apart": lambda whole: whole.update(normalizer={"type": "NFD"}),
     "merges in another order": lambda whole: whole["model"]["merges"].reverse(),
@@ -84,24 +101,33 @@ OTHER_TOKENIZERS = {
     "damaged": lambda whole: whole.update(model=[])}
 
 
-def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(trained, tmp_path):
-    """Its ids would be wrong, so the model is converted without it. Unchanged, it is kept, from
-    vocab.json and merges.txt or from tokenizer.json."""
+@pytest.fixture(scope="module")
+def tokenizer_json(trained, tmp_path_factory):
+    """What transformers makes of an export."""
+    folder = tmp_path_factory.mktemp("export")
+    write_tokenizer(trained, folder)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return (folder / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def test_a_tokenizer_comes_back(trained, tokenizer_json, tmp_path):
+    """From vocab.json and merges.txt, or from tokenizer.json."""
     write_tokenizer(trained, tmp_path)
-    size, folder = Tokenizer(trained).vocab_size, tmp_path / "theirs"
-    path = prepare_data.convert_weights(str(tmp_path), str(tmp_path / "converted"))
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(convert(tmp_path), weights_only=True)
     assert checkpoint["tokenizer"] == trained
     assert checkpoint["settings"] == {"rows": "documents"}
-    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
-    (folder / "vocab.json").unlink(missing_ok=True)
-    good = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    for name, change in OTHER_TOKENIZERS.items():
-        whole = json.loads(good)
-        change(whole)
-        (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
-        expected = trained if name == "unchanged" else {}
-        assert prepare_data.read_tokenizer(folder, size) == expected, name
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    assert prepare_data.read_tokenizer(tmp_path, Tokenizer(trained).vocab_size) == trained
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(name, trained, tokenizer_json, tmp_path):
+    """Its ids would be wrong, so the model is converted without it."""
+    whole = json.loads(tokenizer_json)
+    OTHER_TOKENIZERS[name](whole)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert prepare_data.read_tokenizer(tmp_path, Tokenizer(trained).vocab_size) == {}
 
 
 def test_gpt2s_tokenizer_is_recognised(gpt2_vocabulary, tmp_path):
@@ -115,25 +141,29 @@ def test_gpt2s_tokenizer_is_recognised(gpt2_vocabulary, tmp_path):
 # ---- The hub ----
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_gpt2_from_the_hub(tmp_path):
     """Downloaded once, then used without a network; out of reach: one line."""
-    theirs, served = theirs_of(50257, **SIZES[1]), tmp_path / "served"
+    theirs, served = theirs_of(50257, **LARGER), tmp_path / "served"
     theirs.save_pretrained(served)
     for name in ("vocab.json", "merges.txt", "pytorch_model.bin"):
         (served / name).write_bytes(b"damaged")
-    files = {path.name: path.read_bytes() for path in served.iterdir()}
     best = tmp_path / "out" / "openai-gpt2" / "best.pt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         done = hub.run(f"http://127.0.0.1:{free.getsockname()[1]}", tmp_path, "gpt2")
     hub.is_one_line(done, "gpt2 cannot be downloaded")
-    with hub.serve(models={"openai-community/gpt2": files}) as (address, _):
+    with hub.serve(models={"openai-community/gpt2": files_in(served)}) as (address, _):
         done = hub.run(address, tmp_path, "gpt2")
         assert done.returncode == 0, done
     agree(GPT.from_checkpoint(best), theirs)
     best.unlink()
     done = hub.run(None, tmp_path, "gpt2")
-    assert done.returncode == 0 and best.exists() and "written to out" in done.stdout
+    assert best.exists(), done
+    assert "written to out" in done.stdout
     best.write_bytes(b"kept")
     assert "is there already" in hub.run(None, tmp_path, "gpt2").stdout
     assert best.read_bytes() == b"kept"
@@ -143,12 +173,16 @@ def test_gpt2_from_the_hub(tmp_path):
 
 
 def weights(**changes):
-    """Damages the weights: a function from the folder."""
+    """Damages the weights: a function from the folder. None removes one."""
     def change(folder):
         path = folder / "pytorch_model.bin"
         state = torch.load(path, weights_only=True)
-        state |= {name.replace("__", "."): value for name, value in changes.items()}
-        torch.save({name: value for name, value in state.items() if value is not None}, path)
+        for name, value in changes.items():
+            name = name.replace("__", ".")
+            state[name] = value
+            if value is None:
+                del state[name]
+        torch.save(state, path)
     return change
 
 
@@ -183,7 +217,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    theirs = theirs_of(**SIZES[1])
+    theirs = theirs_of(**LARGER)
     theirs.config.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     DAMAGE[name](tmp_path)
