@@ -90,9 +90,9 @@ def labels_of(pieces, tokenizer):
 def test_floor_and_skills_are_those_of_the_validation_stories(stories, told):
     meta = json.loads((stories / "meta.json").read_text(encoding="utf-8"))
     tokenizer = train_gpt2.Tokenizer(meta["tokenizer"])
-    assert meta["val"]["documents"] == 1200
+    assert meta["val"]["documents"] == prepare_data.HELD_OUT
     labels, nats = [], 0.0
-    for pieces in told[-1200:]:
+    for pieces in told[-prepare_data.HELD_OUT:]:
         labels += ["wording", *labels_of(pieces, tokenizer)]
         nats += sum(its for _, _, its in pieces)
     targets = meta["val"]["tokens"] - 1
