@@ -33,8 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# Waiting threads spin, which keeps their cores busy. GNU's OpenMP spins so long that beside another
-# program training was up to 10 times as slow
+# For speed, and read when torch is imported: a thread that waits for others should soon sleep.
+# By default it keeps its core busy, and beside another program training was 10 times as slow
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 # ======== PART 1: THE LESSON ========
 
-# ---- Settings ----
+# ---- Settings (skim them at first, and begin with the model) ----
 
 
 @dataclass
@@ -70,9 +70,9 @@ class Settings:
     deterministic: bool = False  # the same run has the same bits on a GPU too; slower
     # the batch
     rows: Literal["stream", "documents"] = "documents"  # equal cuts, or a document per row
-    batch_size: int = 16  # rows in a micro-batch, which one process handles at once
+    batch_size: int = 16  # rows in a micro-batch: what one GPU, or the CPU, handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
-    total_batch_size: int | None = None  # tokens a step with padding; None: batch_size * block_size
+    total_batch_size: int | None = None  # tokens a step, with padding; None: batch_size * block_size
     grad_accum_steps: int | None = None  # sets total_batch_size to batch_size * block_size * this
     # the optimization
     max_steps: int = 600  # optimizer steps
@@ -102,11 +102,12 @@ class Settings:
     log_every: int = 20  # a line on the screen and a row in log.csv
 
 
-# What each preset changes. The larger GPT-2 sizes take the GPT-3 paper's rates, table 2.1.
-_OFTEN = dict(init_std=0.02,  # GPT paper, section 4.1
-              eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10)
+# What each preset changes; some share a part. The larger GPT-2 sizes take the GPT-3 paper's rates,
+# table 2.1.
+_SHARED = dict(init_std=0.02,  # GPT paper, section 4.1
+               eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10)
 _CHARS = dict(data_dir="data/shakespeare", rows="stream")
-_GPT2 = _OFTEN | dict(
+_GPT2 = _SHARED | dict(
     data_dir="data/fineweb_edu", rows="stream", n_layer=12, n_head=12, n_embd=768, block_size=1024,
     batch_size=32, total_batch_size=524_288,  # 2^19: the GPT-3 paper, table 2.1, has 0.5M tokens
     max_steps=19_073,  # * 2^19 tokens = 10 billion: the FineWeb-Edu sample, once
@@ -115,7 +116,7 @@ _GPT2 = _OFTEN | dict(
     eval_tokens=10_485_760)
 PRESETS = {
     "stories": {},
-    "shakespeare_char": _CHARS | _OFTEN | dict(  # 24 epochs of 1 MB: dropout is needed
+    "shakespeare_char": _CHARS | _SHARED | dict(  # 24 epochs of 1 MB: dropout is needed
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_steps=1500,
         warmup_steps=100, learning_rate=1e-3, min_lr=1e-4, beta2=0.99),
     "shakespeare_cpu": _CHARS | dict(  # of some 70 settings, the fastest to loss 1.88
@@ -127,7 +128,7 @@ PRESETS = {
         activation="relu", init_std=0.02, max_steps=10_000, warmup_steps=100, learning_rate=1e-3,
         min_lr=1e-4, eval_every=500, eval_tokens=200_000, sample_every=2500,
         checkpoint_every=2500, log_every=100),
-    "gpt2_nano": _OFTEN | dict(  # 32,768 tokens a step, 3.3 epochs of 99 million tokens
+    "gpt2_nano": _SHARED | dict(  # 32,768 tokens a step, 3.3 epochs of 99 million tokens
         data_dir="data/fineweb_edu_bpe", rows="stream", n_layer=12, n_head=8, n_embd=512,
         block_size=1024, pos_encoding="sinusoidal", activation="relu", tie_weights=False,
         init_std=None, batch_size=32, max_steps=10_000, warmup_steps=200, learning_rate=3e-4,
@@ -136,7 +137,7 @@ PRESETS = {
         rows="stream", block_size=256, batch_size=8, max_steps=200, warmup_steps=20,
         learning_rate=3e-5, dropout=0.1, eval_every=20, sample_every=100, checkpoint_every=100,
         log_every=10, eval_tokens=65_536),
-    "gpt2_mini": _OFTEN | dict(  # 65,536 tokens * 7,629 steps = 0.5 billion
+    "gpt2_mini": _SHARED | dict(  # 65,536 tokens * 7,629 steps = 0.5 billion
         data_dir="data/fineweb_edu", rows="stream", n_layer=6, n_head=6, n_embd=384,
         block_size=1024, total_batch_size=65_536, max_steps=7629, warmup_steps=200,
         learning_rate=1e-3, min_lr=1e-4, eval_tokens=1_048_576),
@@ -151,8 +152,9 @@ PRESETS = {
 
 
 # ---- The model ----
-# Shapes in the comments: B rows in a batch, T tokens in a row, C = n_embd, head_dim = C / n_head,
-# V = vocab_size. A row is a sequence of tokens that the model reads at once.
+# A token is a piece of text, given by its number in the vocabulary; a row is a sequence of tokens
+# that the model reads at once. Shapes in the comments: B rows in a batch, T tokens in a row,
+# C = n_embd, head_dim = C / n_head, V = vocab_size.
 
 
 @dataclass
@@ -180,20 +182,22 @@ def causal_attention(q, k, v, dropout=0.0, flash=True):
     """Scaled dot-product attention (Attention paper, section 3.2.1). Each token takes a
     weighted mean of the values of the tokens up to itself; the causal mask hides the later ones,
     which the model learns to predict. q and the result are (B, n_head, T, head_dim); k and v are
-    (B, n_head, S, head_dim), where S is T plus the tokens in the cache."""
+    (B, n_head, S, head_dim). In training S is T; a KVCache (below) puts earlier tokens before."""
     T, S = q.size(-2), k.size(-2)
     # The fused kernel, one program on the device, does the lines below without storing the scores
     # (Dao et al. 2022). It brings the causal mask for T = S; a single query needs none
     if flash and (T == 1 or (T == S and not kernel_is_slow(q))):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    # Undivided, scores grow with head_dim, and the largest can get nearly all weight
+    # Scores of random vectors spread as the root of head_dim. Undivided, one could get all weight
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, S)
-    # A query (line) must not look at a later key (column). With T = 2 new tokens behind 2 in the
-    # cache, S = 4, the mask is   0  0  0 -inf   Diagonal number S - T + 1 and all above it are
-    #                             0  0  0   0    hidden: e^-inf is a weight of 0
+    # A query (line) must not look at a later key (column): e^-inf is a weight of 0. For T = S = 3,
+    # and for T = 2 new tokens behind 2 in the cache, S = 4, the mask is
+    #     0 -inf -inf        0  0  0 -inf      triu(d) keeps what lies on or above diagonal d,
+    #     0   0  -inf        0  0  0   0       counted from the main one: S - T + 1 is the
+    #     0   0    0                           first that is hidden
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     weights = F.softmax(scores + mask, dim=-1)  # (B, n_head, T, S), each line sums to 1
-    weights = F.dropout(weights.to(v.dtype), dropout)
+    weights = F.dropout(weights.to(v.dtype), dropout)  # softmax may have gone up to float32
     return weights @ v  # (B, n_head, T, head_dim)
 
 
@@ -262,12 +266,12 @@ class Block(nn.Module):
 
 
 def sinusoids(block_size, n_embd):
-    """A fixed table of positions, (block_size, C): sines and cosines of many wavelengths
-    (Attention paper, section 3.5)."""
-    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (T, 1)
+    """A fixed table of positions, (block_size, C): sines and cosines of many wavelengths, which
+    together tell positions apart as the hands of a clock do (Attention paper, section 3.5)."""
+    position = torch.arange(block_size, dtype=torch.float32)[:, None]  # (block_size, 1)
     i = torch.arange(0, n_embd, 2, dtype=torch.float32)  # (C/2,)
-    angle = position * 10_000 ** (-i / n_embd)  # (T, C/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # (T, C)
+    angle = position * 10_000 ** (-i / n_embd)  # (block_size, C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # (block_size, C)
 
 
 class GPT(nn.Module):
@@ -283,8 +287,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = None  # a loaded model has one, so that it can write
-        self.starts_documents = False  # did each training row begin a document?
-        self.code_difference = []  # functions that its training code had otherwise
+        self.starts_documents = False  # each training row began with <|endoftext|>: prompts too
+        self.code_difference = []  # of a loaded model: names that the script that trained it had
+        # with other code
         self.transformer = nn.ModuleDict({  # OpenAI's names, to fit their weights
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
@@ -297,10 +302,11 @@ class GPT(nn.Module):
         self.initialize(init_std or 1 / math.sqrt(3 * config.n_embd))
 
     def initialize(self, init_std):
-        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). With torch's own
-        1 / sqrt(3 C), the size of a product does not depend on the width."""
-        # A tied embedding is small, as the output matrix that it also is, and a table of sines is
-        # scaled to it, which would drown it. One of its own can have size 1, as the sines have
+        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1), the scales of
+        LayerNorms as 1. A sum of C terms grows as the root of C; 1 / sqrt(3 C), the std of a new
+        nn.Linear, cancels that for every width."""
+        # Tied, the token embedding is the output matrix too, and starts as small as the others.
+        # Of its own, it only feeds the residual stream, and starts at 1, as torch has it
         tied = self.config.tie_weights
         embedding_std = init_std if tied else 1.0
         # Each block's two c_proj add to the residual stream. They start divided by the root of
@@ -318,15 +324,16 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=init_std)
         if self.config.pos_encoding == "sinusoidal":
             table = sinusoids(self.config.block_size, self.config.n_embd)
-            if tied:  # a sine's root mean square is 1 / sqrt(2)
-                table *= math.sqrt(2) * embedding_std
+            if tied:  # sines, with a root mean square of 0.7, would drown such an embedding
+                table *= math.sqrt(2) * embedding_std  # the same root mean square
             self.transformer.wpe.weight = nn.Parameter(table, requires_grad=False)
 
     def forward(self, idx, targets=None, cache=None):
         T = idx.size(1)
         start = 0
         if cache is not None:
-            start, cache.layer = cache.length, 0
+            start = cache.length
+            cache.layer = 0  # the first block's keys and values come first
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # (T,)
@@ -335,7 +342,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
-            cache.length += T
+            cache.length += T  # now that every layer has stored its T tokens
             if targets is None:
                 x = x[:, -1:]  # (B, 1, C): generating needs the last prediction only
         x = self.transformer.ln_f(x)
@@ -343,9 +350,9 @@ class GPT(nn.Module):
         # saves 39M parameters in GPT-2
         head = self.transformer.wte if self.config.tie_weights else self.lm_head
         weight = head.weight  # (V, C)
-        if x.is_cuda:  # tensor cores want multiples of 64: zeros are added, their logits cut off
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))  # 50,257 -> 50,304
-        logits = F.linear(x, weight)[..., :self.config.vocab_size]  # (B, T, V)
+        if x.is_cuda:  # a GPU is fastest at multiples of 64: add rows of zeros, cut their logits
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))  # 47 rows below: 50,257 -> 50,304
+        logits = F.linear(x, weight)[..., :self.config.vocab_size]  # x @ weight.T: (B, T, V)
         if targets is None:
             return logits, None
         # In float32: a mean over many tokens needs more than bfloat16's 2 to 3 digits
@@ -420,8 +427,8 @@ def evaluating(model):
 def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
     """Yield (token, logits) max_new_tokens times: the next token of each row of idx, (B,) int64,
     and the scores that it was drawn from, (B, V) float32. idx is (B, T) int64, of which the last
-    block_size are read. When the context is full, the older half is forgotten and the newer half
-    read again from position 0."""
+    block_size are read. When the context is full, the cache is emptied, and the newer half of the
+    tokens is read again from position 0."""
     block_size = model.config.block_size
     generator = torch.Generator(idx.device)
     if seed is None:
@@ -445,8 +452,9 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token for each row: (B, V) logits -> (B, 1) ids. A temperature below 1 favours likely
-    tokens; 0 is greedy, always the likeliest. top_k keeps the k likeliest (Fan et al. 2018), top_p
-    the fewest of the likeliest whose probabilities sum to p or more (Holtzman et al. 2020)."""
+    tokens; 0 is greedy, always the likeliest. Then top_k keeps the k likeliest, and those as likely
+    (Fan et al. 2018), then top_p the fewest of the likeliest whose probabilities sum to p or more
+    (Holtzman et al. 2020)."""
     if temperature < 1e-6:  # nearly 0 would overflow in the division
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
@@ -458,23 +466,26 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         of_likelier = in_order.cumsum(dim=-1) - in_order  # sum over the likelier tokens
         in_order = in_order.masked_fill(of_likelier >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, ids, in_order)  # back in the order of ids
-    # On a line, each token has a piece as long as its probability. A random point chooses one.
-    # rand is in [0, 1), and 1 - rand above 0: no piece of length 0 is chosen
-    ends = probs.cumsum(dim=-1)  # (B, V): where the pieces end
-    rand = torch.rand(len(probs), 1, generator=generator, device=probs.device)
-    point = (1 - rand) * ends[:, -1:]  # (B, 1)
-    return torch.searchsorted(ends, point)  # the first piece that ends there or later
+    # On a line, each token has a piece as long as its probability. A random point chooses one:
+    # the first whose piece ends there or later. torch.multinomial does so too, but on a CPU
+    # takes 20 times as long. rand can be 0, where token 0 would be chosen even if it has no
+    # probability; 1 - rand cannot
+    ends = probs.cumsum(dim=-1)  # (B, V): where the pieces end; the last is 1, or less after top_p
+    rand = torch.rand(len(probs), 1, generator=generator, device=probs.device)  # in [0, 1)
+    return torch.searchsorted(ends, (1 - rand) * ends[:, -1:])  # (B, 1)
 
 
 # ---- Batches from shards ----
 
 
 class ShardedLoader:
-    """Rows of tokens from a folder of shards, which stay on disk as memory maps. Row number g is
-    a pure function of (seed, g, rows, the shards, block_size): a run can resume anywhere, on any
-    number of processes. An epoch, one pass over all rows, has an order of its own. rows="stream"
-    cuts the tokens every block_size, "documents" gives each document a row. seed=None keeps the
-    order of the text. Raises UserError for a folder without enough tokens."""
+    """Rows of tokens from a folder of shards, files of token ids, which stay on the disk and are
+    read where they are needed (memory maps). Row number g is always the same tokens, for a seed,
+    the shards and block_size: a run can resume anywhere, on any number of processes. An epoch,
+    one pass over all rows, has an order of its own. rows="stream" cuts the text every block_size
+    tokens; "documents" gives each document a row, or several if it is long. seed=None keeps the
+    order of the text. eot is the id of <|endoftext|>, which stands between documents. Raises
+    UserError for a folder without enough tokens."""
 
     def __init__(self, data_dir, split, block_size, rows="stream", seed=None,
                  vocab_size=50257, eot=50256):
@@ -483,20 +494,21 @@ class ShardedLoader:
         self.paths = shard_paths(data_dir)[split]
         self.shards = [read_shard(path) for path in self.paths]  # (n,) uint16 each
         if rows == "stream":
-            eot = None  # cut across the <|endoftext|> between documents
+            eot = None  # RowIndex then cuts across documents
         elif eot is None:
             raise UserError(f"{data_dir} is one text without documents: use --rows=stream")
-        self.row_index = RowIndex(self.shards, block_size, seed, eot)  # where each row begins
+        self.row_index = RowIndex(self.shards, block_size, seed, eot)  # knows where rows begin
         self.rows_per_epoch = self.row_index.rows_per_epoch
         if self.rows_per_epoch == 0:
             raise UserError(f"{data_dir} has too few {split} tokens: lower --block_size")
 
     def batch(self, rows):
         """Row numbers -> inputs x and targets y, the tokens after them, both (B, T) int64. T is
-        the longest row's length, rounded up to a multiple of 16; past a row's end y is -1."""
-        places = [self.row_index.locate(row) for row in rows]  # (shard, first token, targets)
+        the longest row's length, rounded up. Past a row's end y is -1, which the loss ignores."""
+        places = [self.row_index.locate(row) for row in rows]  # (shard, first token, length)
         longest = max(length for _, _, length in places)
-        T = min(self.block_size, 16 * math.ceil(longest / 16))  # few different shapes
+        # To a multiple of 16: compiled code is made anew for each new shape
+        T = min(self.block_size, 16 * math.ceil(longest / 16))
         x = np.zeros((len(rows), T), np.int64)
         y = np.full((len(rows), T), -1, np.int64)
         for i, (shard, start, length) in enumerate(places):
@@ -514,8 +526,10 @@ class ShardedLoader:
 
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
-    the root of their mean square: a step is at most about the learning rate. The W is weight decay:
-    each step multiplies matrices, not biases and norms, by 1 - learning_rate * weight_decay."""
+    the root of their running mean square; beta1 and beta2 say how slowly these forget. A mean is
+    never larger than the root of the mean square, so a step is at most about the learning rate.
+    The W is weight decay: each step multiplies matrices, not biases and norms, by
+    1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.dim() >= 2]
     vectors = [p for p in learned if p.dim() < 2]
@@ -540,14 +554,16 @@ def get_lr(step, s):
 
 
 def train(s, place, process):
-    """Train, and return the exit status. s holds the settings, place the run's folder, process the
-    device and other processes. Line n of the log describes the weights after n steps."""
-    run = Run(s, place, process)
+    """Train, and return the exit status. s: the settings. place: the run's folder, and whether it
+    resumes. process: the device; torchrun starts one process per GPU. Line n of the log is about
+    the weights after n steps, and the step that follows."""
+    run = Run(s, place, process)  # the data, the log, the checkpoints
     torch.manual_seed(s.seed)
     model = build_model(s, run.data.tokenizer, process)
     optimizer = make_optimizer(model, s, process.device)
     # Gradients below 3e-8 are 0 in float16: the scaler multiplies the loss by a large number, and
-    # divides the gradients by it before the step (Micikevicius et al. 2018)
+    # divides the gradients by it before the step; if they overflowed, it skips the step
+    # (Micikevicius et al. 2018). In other dtypes it does nothing
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     start = run.begin(model, optimizer, scaler)  # 0 for a new run
     fast_model = compiled(model, s, process)  # the same weights; `model` is measured and saved
@@ -568,14 +584,15 @@ def train(s, place, process):
                 # small updates are not rounded away
                 with process.autocast():
                     _, loss = fast_model(x, y)
-                # A mean over the step: each micro-batch counts by its share of the targets
+                # A mean over the whole step, of all processes: a micro-batch counts by its share
+                # of the targets, which padding makes unequal
                 loss = loss * ((y != -1).sum() / targets_in_step)
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             process.sum_gradients(model)  # over all processes, each of which had other rows
             scaler.unscale_(optimizer)
             # Clipping bounds the rare huge gradient, and keeps its direction
-            max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
+            max_norm = s.grad_clip if s.grad_clip > 0 else math.inf  # the norm is logged anyway
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             scaler.step(optimizer)
             scaler.update()
