@@ -72,7 +72,7 @@ class Settings:
     rows: Literal["stream", "documents"] = "documents"  # equal cuts, or a document per row
     batch_size: int = 16  # rows in a micro-batch: what one GPU, or the CPU, handles at once
     block_size: int = 112  # context length in tokens; the longest story has 108
-    total_batch_size: int | None = None  # tokens a step, with padding; None: batch_size * block_size
+    total_batch_size: int | None = None  # tokens a step with padding; None: batch_size * block_size
     grad_accum_steps: int | None = None  # sets total_batch_size to batch_size * block_size * this
     # the optimization
     max_steps: int = 600  # optimizer steps
