@@ -31,6 +31,7 @@ import warnings
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 # For speed, and read when torch is imported: a thread that waits for others should soon sleep.
@@ -618,7 +619,7 @@ FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes co
     deterministic eval_only eval_every eval_tokens sample_every checkpoint_every
     log_every""".split() + BATCH_SETTINGS
 # Settings that make losses at the same step incomparable, or as different as two seeds are
-UNFAIR = ["max_steps", "warmup_steps", "min_lr", "seed", "data_dir", "block_size", *BATCH_SETTINGS]
+UNFAIR = "max_steps warmup_steps min_lr seed data_dir block_size".split() + BATCH_SETTINGS
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
@@ -635,7 +636,7 @@ class Run:
         self.measured = {}  # since the last line of the log
         self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
         self.speed_from = None  # (time, tokens) from where throughput is measured
-        self.progress = place.progress or {}
+        self.progress = place.progress
         self.tokens = self.progress.get("tokens", 0)  # trained on
         process.set_dtype(self.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
 
@@ -666,27 +667,26 @@ class Run:
         with writing(self.folder):
             for path in stale:
                 path.unlink(missing_ok=True)
-        for name, size in (self.progress.get("sizes") or self.sizes).items():
+        self.sizes |= self.progress.get("sizes", {})
+        for name, size in self.sizes.items():
             with writing(self.folder / name), open(self.folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         if self.start == 0:
             self.append("log.csv", ",".join(LOG_COLUMNS) + "\n")
             write_text(self.folder / "train_gpt2.py", CODE)
-        self.count_sizes()
-
-    def count_sizes(self):
-        if self.process.is_master:
-            self.sizes = {name: os.path.getsize(self.folder / name) for name in self.sizes}
 
     def announce(self):
         s, process = self.s, self.process
         N, V = self.model.num_parameters(), self.model.config.vocab_size
         epochs = s.max_steps * self.rows / self.loader.rows_per_epoch
         tokens = epochs * sum(len(shard) - 1 for shard in self.loader.shards)
+        machine = process.device.type
+        if machine == "cuda":
+            machine = torch.cuda.get_device_name()
         self.plan = (
             f"model: {N:,} parameters; guessing blindly has a loss (-ln p, in nats) of ln {V:,} = "
             f"{math.log(V):.2f}\n"
-            f"machine: {process.world_size} x {process.device_name()}, {process.dtype_name()} at "
+            f"machine: {process.world_size} x {machine}, {process.dtype_name()} at "
             f"{self.speed / 1e9:,.0f} GFLOP/s (MFU: share in use)\n"
             f"plan: {s.max_steps:,} steps of {self.rows} rows, {self.rows_at_once} at once; "
             f"{tokens:,.0f} tokens, {epochs:.1f} epochs of {s.data_dir}, {tokens / N:.1f} tokens "
@@ -699,12 +699,10 @@ class Run:
         print(self.plan)
         if s.warmup_steps >= s.max_steps:
             print(f"note: the run ends within its {s.warmup_steps:,} warm-up steps")
-        for remark in self.place.remarks:
-            print(remark)
-        threads = count_threads(process)
-        if self.progress.get("threads", threads) != threads:
-            print(f"note: it ran with {self.progress['threads']} threads and goes on with "
-                  f"{threads}: rounding may differ")
+        threads = self.progress.get("threads", process.threads)
+        if threads != process.threads:
+            print(f"note: it ran with {threads} threads and goes on with {process.threads}: "
+                  "rounding may differ")
 
     def measure_and_save(self, step):
         """The validation loss, a text and a checkpoint, each where it is due."""
@@ -746,13 +744,13 @@ class Run:
 
     def restart_clock(self):
         """What is measured and saved does not count as training time."""
-        wait_for(self.process.device)
         if self.speed_from is not None:  # the first logged step may have compiled the model
             self.speed_from = (time.perf_counter(), self.tokens)
 
     def save(self, step):
         """Write ckpt.pt, from which a run resumes; at the last step it marks the end."""
-        self.check_finite()
+        if step > self.start:
+            self.check_finite()
         if step == self.s.max_steps:
             self.write_line({})
         self.write_checkpoint("ckpt.pt", step, optimizer={
@@ -764,7 +762,7 @@ class Run:
         if self.process.is_master:
             more["progress"] = {
                 "tokens": self.tokens, "sizes": self.sizes, "seconds": self.seconds(),
-                "dtype": self.process.dtype_name(), "threads": count_threads(self.process)}
+                "dtype": self.process.dtype_name(), "threads": self.process.threads}
             settings = self.place.settings
             content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
@@ -792,7 +790,8 @@ class Run:
                      f"{(s.max_steps - step) * targets / speed / 60:.1f} min left")
         self.speed_from = (now, self.tokens)
         self.write_line(line)
-        self.count_sizes()
+        if self.process.is_master:
+            self.sizes = {name: os.path.getsize(self.folder / name) for name in self.sizes}
         self.progress_bar.set_postfix_str(text)
         if is_due and self.progress_bar.disable:
             self.say(f"step {step:,}/{s.max_steps:,} | {text}")
@@ -817,8 +816,10 @@ class Run:
         self.measured = {}
 
     def append(self, name, text):
+        path = self.folder / name
         if self.process.is_master:
-            append(self.folder / name, text)
+            with writing(path), open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(text)
 
     def say(self, text):
         if self.process.is_master:
@@ -857,11 +858,10 @@ class Place:
     folder: Path
     settings: dict  # as the person set them
     command: str
-    remarks: list  # for the screen
-    checkpoint: Path | None = None  # to resume from
-    progress: dict | None = None  # what it says of the run
-    other: Path | None = None  # the folder of the run to compare with
-    is_done: bool = False
+    checkpoint: Path | None  # to resume from
+    progress: dict  # what it says of the run
+    other: Path | None  # the folder of the run to compare with
+    step: int = 0  # to go on from
 
 
 def choose_folder(s, command, process):
@@ -871,27 +871,32 @@ def choose_folder(s, command, process):
         raise UserError(f"{base} holds the scripts: choose another --out_dir")
     if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
-    place = Place(base, asdict(s), command, [])
-    resumed, why, number = None, "", 1
-    while not s.overwrite and is_taken(place.folder):
+    folder, number, remark, resumed = base, 1, "", None
+    while not s.overwrite and is_taken(folder):
         why = "holds other files"
-        if os.path.exists(place.folder / "ckpt.pt"):
-            found = read_checkpoint(place.folder / "ckpt.pt")
+        if (folder / "ckpt.pt").exists():
+            found = read_checkpoint(folder / "ckpt.pt")
             why = difference(found, s)
             if s.resume == "always" or not why:
-                resumed = place.folder, found
+                resumed = folder, found, why
             if not why:
                 break
-        why = f" ({place.folder} {why})"
+        remark = f" ({folder} {why})"
         number += 1
-        place.folder = base.parent / f"{base.name or 'run'}-{number}"
+        folder = base.parent / f"{base.name or 'run'}-{number}"
+    checkpoint, progress, step = None, {}, 0
     if resumed:
-        go_on(place, s, *resumed)
+        folder, found, why = resumed
+        step = found["step"]
+        checkpoint = folder / "ckpt.pt"
+        progress = found.get("progress", found["settings"])  # as older checkpoints have it
+    process.at_end.callback(lock_folder(folder).release)
+    if resumed:
+        go_on(s, folder, found, why)
     else:
-        place.remarks.append(f"a new run in {place.folder}{why}")
-    process.at_end.callback(lock_folder(place.folder).release)
-    place.other = other_run(s, base, place)
-    return place
+        print(f"a new run in {folder}{remark}")
+    other = other_run(s, base, folder)
+    return Place(folder, asdict(s), command, checkpoint, progress, other, step)
 
 
 def is_taken(folder):
@@ -900,25 +905,24 @@ def is_taken(folder):
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
 
-def go_on(place, s, folder, found):
-    """Let a run resume in a folder, and say what has changed since."""
-    step, why = found["step"], difference(found, s)
+def go_on(s, folder, found, why):
+    """Say where a run resumes, and what has changed since."""
+    step = found["step"]
     if step > s.max_steps:
         raise UserError(f"{folder} has taken {step:,} steps, more than --max_steps={s.max_steps}")
-    place.folder, place.checkpoint, place.is_done = folder, folder / "ckpt.pt", step == s.max_steps
-    place.progress = found.get("progress") or found["settings"]  # as older checkpoints have it
-    place.remarks.append(f"continuing {folder} from step {step:,} ({start_over(folder)})")
+    print(f"continuing {folder} from step {step:,} ({start_over(folder)})")
     if why:
-        place.remarks.append(f"note: until now {folder} {why}")
-    for name in other_code(found, part=1):
+        print(f"note: until now {folder} {why}")
+    for name in other_code(found, machinery):
         if name in ("RowIndex", "step_batches"):
-            place.remarks.append(f"note: until now {folder} has other code in {name}")
+            print(f"note: until now {folder} has other code in {name}")
 
 
 def difference(found, s):
     """What sets a checkpoint's run apart from an unfinished run of these settings, in words."""
-    names, settings = other_code(found), different_settings(found["settings"], asdict(s))
+    settings = different_settings(found["settings"], asdict(s))
     said = [f"{name}={value}" for name, (value, _) in settings.items()]
+    names = other_code(found)
     if names:
         said.insert(0, f"other code in {' and '.join(names)}")
     if said:
@@ -928,9 +932,9 @@ def difference(found, s):
 
 def different_settings(theirs, ours):
     """{name: (the value of another run, ours)} of the settings that shape the weights."""
-    theirs = asdict(Settings()) | {name: theirs[name] for name in ours if name in theirs}
+    theirs = asdict(Settings()) | theirs  # the default of a setting that is newer than the run
     names = [name for name in ours if name not in FREE_SETTINGS]
-    if tokens_in_a_step(Settings(**theirs)) != tokens_in_a_step(Settings(**ours)):
+    if tokens_in_a_step(SimpleNamespace(**theirs)) != tokens_in_a_step(SimpleNamespace(**ours)):
         names += BATCH_SETTINGS
     if ours["dtype"] == "auto":
         names.remove("dtype")
@@ -955,7 +959,7 @@ def lock_folder(folder):
 
 def read_log(folder):
     """The lines of log.csv, {column: number}, without an unfinished one."""
-    with open(folder / "log.csv", encoding="utf-8", errors="replace", newline="") as file:
+    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
         lines = [line for line in csv.DictReader(file) if None not in line.values()]
     return [{name: float(value) for name, value in line.items() if value} for line in lines]
 
@@ -985,11 +989,9 @@ class StopRequest:
         minutes = (time.perf_counter() - self.began) / 60
         if self.s.max_minutes is not None and minutes >= self.s.max_minutes:
             self.signal = self.signal or TIME_IS_UP
-        if self.process.world_size > 1:
-            if step % self.s.log_every:
-                return False
-            largest = self.process.reduce(torch.tensor(self.signal), dist.ReduceOp.MAX)
-            self.signal = int(largest)
+        if self.process.world_size > 1 and step % self.s.log_every:
+            return False
+        self.signal = int(self.process.reduce(torch.tensor(self.signal), dist.ReduceOp.MAX))
         return self.signal > 0
 
 
@@ -1004,95 +1006,67 @@ def own_code():
 
 
 CODE = own_code()  # read at the start: people edit while a run goes on
-PART_2 = re.compile(r"^# =+ PART 2.*", re.M)
+
+
+def lesson(code):
+    """Part 1 of a script."""
+    return re.split("^# =+ PART 2", code, maxsplit=1, flags=re.M)[0]
+
+
+def machinery(code):
+    return code.removeprefix(lesson(code))
+
+
+def model_code(code):
+    """From the class GPTConfig to the end of GPT; all of Part 1 where these are gone."""
+    found = re.search(r"^class GPTConfig.*^class GPT\(.*?^(?=\S)", code, re.M | re.S)
+    return found[0] if found else lesson(code)
 
 
 @functools.cache
-def definitions(code, part=0):
-    """{name: syntax tree} of the functions and classes in Part 1 (part=0) or Part 2 of a script,
-    without docstrings and comments. Settings are compared by their values."""
-    texts = [*PART_2.split(code, 1), ""]
+def definitions(code):
+    """{name: syntax tree} of the functions and classes in a part of a script, without docstrings
+    and comments. Settings are compared by their values."""
+    kinds = ast.FunctionDef | ast.ClassDef
     try:
-        nodes = ast.parse(texts[part]).body
+        tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {"all": code}
-    found = {}
-    for node in nodes:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner):
-                inner.body = inner.body[1:]
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Settings":
-            found[node.name] = ast.dump(node)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    found = {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+    found.pop("Settings", None)
     return found
 
 
-def other_code(found, part=0, of_model=False):
-    """The functions and classes that differ between a checkpoint's script and this one. Older
-    checkpoints have a hash in its place, converted ones nothing: both count as the same."""
+def other_code(found, part=lesson):
+    """The functions and classes that differ between a checkpoint's script and this one, in a part
+    of both. Older checkpoints have a hash in its place, converted ones nothing: both count as the
+    same."""
     code = found.get("code")
-    if not CODE or not isinstance(code, str) or "\n" not in code:
+    if not CODE or "\n" not in str(code):
         return []
-    theirs, ours = definitions(code, part), definitions(CODE, part)
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if of_model:
-        model = {*model_part(theirs), *model_part(ours)}
-        names = [name for name in names if name in model]
-    return names
+    theirs, ours = definitions(part(code)), definitions(part(CODE))
+    return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
-def model_part(found):
-    """The names from GPTConfig to GPT."""
-    names = [*found]
-    if "GPTConfig" not in found or "GPT" not in found:
-        return names
-    return names[names.index("GPTConfig"):names.index("GPT") + 1]
-
-
-def other_run(s, base, place):
+def other_run(s, base, folder):
     """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
-    folder = Path(s.compare or (base if place.folder != base else f"out/{s.preset}"))
-    if not (s.compare or os.path.exists(folder)) or folder.resolve() == place.folder.resolve():
+    other = base
+    if s.compare:
+        other = Path(s.compare)
+    elif folder == base:
+        other = Path("out", s.preset)
+    if other.resolve() == folder.resolve() or not (s.compare or other.exists()):
         return None
     try:
-        settings = read_checkpoint(folder / "ckpt.pt")["settings"]
-        read_log(folder)
+        settings = read_checkpoint(other / "ckpt.pt")["settings"]
+        read_log(other)
     except (UserError, OSError, ValueError) as error:
-        place.remarks.append(f"note: not compared with {folder}: {error}")
+        print(f"note: not compared with {other}: {error}")
         return None
-    return folder if s.compare or settings.get("data_dir") == s.data_dir else None
-
-
-def validation_losses(lines):
-    """{step: validation loss}"""
-    return {int(line["step"]): line["val_loss"] for line in lines if "val_loss" in line}
-
-
-def compared(run, lines):
-    """The report's part on the run that this one is compared with; its first line is for the
-    screen. It says what else differs: a shorter schedule falls sooner, so that its middle is not
-    comparable; and the difference of two seeds is the noise that an effect has to exceed."""
-    folder = run.place.other
-    found = read_checkpoint(folder / "ckpt.pt")
-    differ = different_settings(found["settings"], run.place.settings)
-    ours, theirs = validation_losses(lines), validation_losses(read_log(folder))
-    common = sorted(ours.keys() & theirs.keys())
-    if not common:
-        return f"{folder} has no validation loss at a step of this run"
-    text = [f"validation loss {ours[common[-1]]:.4f} at step {common[-1]:,}, {folder} had "
-            f"{theirs[common[-1]]:.4f} ({ours[common[-1]] - theirs[common[-1]]:+.4f})"]
-    unfair = [name for name in differ if name in UNFAIR]
-    if unfair:
-        text[0] += f"; not a fair pair: {' and '.join(unfair)} differ"
-    text.append(f"\n| step | val here | val in {folder} | difference |\n| --- | --- | --- | --- |")
-    for step in common:
-        difference = ours[step] - theirs[step]
-        text.append(f"| {step:,} | {ours[step]:.4f} | {theirs[step]:.4f} | {difference:+.4f} |")
-    text += [f"\n* {name} is {our} here, {their} there" for name, (their, our) in differ.items()]
-    if other_code(found):
-        before, now = PART_2.split(found["code"])[0], PART_2.split(CODE)[0]
-        changed = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=1)
-        text += ["\n```diff", *[*changed][2:], "```"]
-    return "\n".join(text)
+    return other if s.compare or settings.get("data_dir") == s.data_dir else None
 
 
 # ---- Report and picture ----
@@ -1101,31 +1075,8 @@ COLOURS = {"training": "#e8710a", "validation": "#2f80ed", "wording": "#16a07a",
            "choices": "#a352cc", "recall": "#d6336c"}
 STYLE = """<style>text { font: 13px sans-serif; fill: #555 } path { fill: none; stroke-width: 3 }
 .thin { stroke: #999; stroke-width: 1; opacity: 0.5 }
+path[stroke="#888"] { stroke-dasharray: 9 5 }
 @media (prefers-color-scheme: dark) { text { fill: #bbb } }</style>"""
-
-
-def write_report(run, lines):
-    """Draw loss.svg and write report.md, from the log's lines and samples.md."""
-    other = run.place.other
-    last, levels = lines[-1], dict(run.data.meta.get("landmarks", {}))
-    if "above_floor" in last:
-        levels["floor"] = last["val_loss"] - last["above_floor"]
-    curves = {"training": points(lines, "train_loss"), "validation": points(lines, "val_loss")}
-    if other:
-        curves[other.as_posix()[-18:]] = points(read_log(other), "val_loss")
-    panels = [panel(0, f"{run.folder.name}: loss, in nats per token", curves, levels)]
-    if "above_floor" in last:
-        skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
-        panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))
-    write_text(run.folder / "loss.svg",
-               f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {340 * len(panels)}">'
-               f'{STYLE}{"".join(panels)}</svg>\n')
-    table = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
-    comparison = f"\n## Compared with {other}\n\n{compared(run, lines)}\n" if other else ""
-    samples = (run.folder / "samples.md").read_text(encoding="utf-8")
-    write_text(run.folder / "report.md", "\n".join([
-        f"# {run.folder.name}\n\n    {run.place.command}\n\n![loss](loss.svg)\n\n```\n{run.plan}\n"
-        "```\n", "| step | measured |\n| --- | --- |", *table, comparison, samples]))
 
 
 def points(lines, column):
@@ -1133,9 +1084,37 @@ def points(lines, column):
     return [(line["step"], line[column]) for line in lines if column in line]
 
 
+def compared(run, lines):
+    """The report's part on the run that this one is compared with; its first line is for the
+    screen. It says what else differs: a shorter schedule falls sooner, so that its middle is not
+    comparable; and the difference of two seeds is the noise that an effect has to exceed."""
+    other = run.place.other
+    found = read_checkpoint(other / "ckpt.pt")
+    ours, theirs = dict(points(lines, "val_loss")), dict(points(read_log(other), "val_loss"))
+    said = f"{other} has no validation loss at a step of this run"
+    table = []
+    for step in sorted(ours.keys() & theirs.keys()):
+        here, there = ours[step], theirs[step]
+        said = (f"validation loss {here:.4f} at step {step:,.0f}, {other} had {there:.4f} "
+                f"({here - there:+.4f})")
+        table.append(f"| {step:,.0f} | {here:.4f} | {there:.4f} | {here - there:+.4f} |")
+    differ = different_settings(found["settings"], run.place.settings)
+    unfair = [name for name in differ if name in UNFAIR]
+    if unfair:
+        said += f"; not a fair pair: {' and '.join(unfair)} differ"
+    text = [f"{said}\n\n| step | val here | val in {other} | difference |",
+            "| --- | --- | --- | --- |", *table]
+    text += [f"\n* {name} is {here} here, {there} there" for name, (there, here) in differ.items()]
+    if other_code(found):
+        before, now = lesson(found["code"]).splitlines(), lesson(CODE).splitlines()
+        changed = [*difflib.unified_diff(before, now, lineterm="", n=1)]
+        text += ["\n```diff", *changed[2:], "```"]
+    return "\n".join(text)
+
+
 def round_numbers(low, high):
     """1, 2 and 5 times a power of ten, from low to high."""
-    numbers = (digit * 10.0 ** power for power in range(-3, 10) for digit in (1, 2, 5))
+    numbers = [digit * 10.0**power for power, digit in itertools.product(range(-3, 10), (1, 2, 5))]
     return [number for number in numbers if low <= number <= high]
 
 
@@ -1143,40 +1122,76 @@ def panel(top, title, curves, levels):
     """A part of an SVG, 720 x 340: curves {name: [(step, value), ...]}, levels {name: value}, on a
     logarithmic scale. Names stand behind the ends of the lines."""
     curves = {name: found for name, found in curves.items() if found}
-    every_point = sum(curves.values(), [])
-    values = [value for _, value in every_point] + [*levels.values()]
+    steps, values = zip(*itertools.chain(*curves.values()), strict=True)
+    values = [*values, *levels.values()]
     low, high = max(0.001, 0.9 * min(values)), 1.1 * max(values)
-    last_step = max(1, *(step for step, _ in every_point))
+    last_step = max(1, *steps)
 
     def x(step):
-        return round(50 + 500 * step / last_step, 1)
+        return 50 + 500 * step / last_step
 
     def y(value):
         share = math.log(max(value, low) / low) / math.log(high / low)
-        return round(top + 300 - 260 * share, 1)
+        return top + 300 - 260 * share
 
-    shapes, names = [f'<text x="10" y="{top + 20}">{title}</text>'], []
+    def last_value(name):
+        return curves[name][-1][1]
+
+    shapes = [f'<text x="10" y="{top + 20}">{title}</text>']
     for value in round_numbers(low, high):
-        shapes.append(f'<path class="thin" d="M50 {y(value)}H550"/>'
-                      f'<text x="44" y="{y(value) + 4}" text-anchor="end">{value:g}</text>')
+        shapes.append(f'<path class="thin" d="M50 {y(value):.1f}H550"/>'
+                      f'<text x="44" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
     for step in np.arange(0, last_step + 1, round_numbers(last_step / 6, math.inf)[0]):
-        shapes.append(f'<text x="{x(step)}" y="{top + 320}" text-anchor="middle">{step:,.0f}'
-                      '</text>')
+        shapes.append(f'<text x="{x(step):.1f}" y="{top + 320}" text-anchor="middle">'
+                      f'{step:,.0f}</text>')
     for name, value in levels.items():
-        shapes.append(f'<path stroke="#888" stroke-dasharray="2 4" d="M50 {y(value)}H550"/>')
-        names.append((y(value), f"{name} {value:.4g}", "#888"))
-    for name, found in curves.items():
-        some = found[::len(found) // 500 + 1] + found[-1:]
-        path = "L".join(f"{x(step)} {y(value)}" for step, value in some)
-        colour = COLOURS.get(name, "#888")  # another run's curve is grey and dashed
-        dashes = "none" if name in COLOURS else "9 5"
-        shapes.append(f'<path stroke="{colour}" stroke-dasharray="{dashes}" d="M{path}"/>')
-        names.append((y(found[-1][1]), f"{name} {found[-1][1]:.4g}", colour))
+        curves[name] = [(0, value), (last_step, value)]
     lowest = top + 322
-    for place, name, colour in sorted(names, reverse=True):
-        lowest = min(place + 4, lowest - 16)  # moved up until none touches another
-        shapes.append(f'<text x="558" y="{lowest}" style="fill: {colour}">{name}</text>')
+    for name in sorted(curves, key=last_value):  # from the bottom up
+        path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in curves[name])
+        colour = COLOURS.get(name, "#888")  # levels and another run: grey, and by STYLE dashed
+        lowest = min(y(last_value(name)) + 4, lowest - 16)  # the names do not touch one another
+        shapes.append(f'<path stroke="{colour}" d="M{path}"/><text x="558" y="{lowest:.1f}" '
+                      f'style="fill: {colour}">{name} {last_value(name):.4g}</text>')
     return "\n".join(shapes)
+
+
+def write_report(run, lines):
+    """Draw loss.svg and write report.md, from the log's lines and samples.md."""
+    folder, other, last = run.folder, run.place.other, lines[-1]
+    levels, comparison = dict(run.data.meta.get("landmarks", {})), ""
+    if "above_floor" in last:
+        levels["floor"] = last["val_loss"] - last["above_floor"]
+    curves = {"training": points(lines, "train_loss"), "validation": points(lines, "val_loss")}
+    if other:
+        curves[other.as_posix()[-18:]] = points(read_log(other), "val_loss")
+        comparison = f"\n## Compared with {other}\n\n{compared(run, lines)}\n"
+    panels = [panel(0, f"{folder.name}: loss, in nats per token", curves, levels)]
+    if "above_floor" in last:
+        skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
+        panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))
+    shapes = "".join(panels)
+    write_text(folder / "loss.svg", f"""<svg xmlns="http://www.w3.org/2000/svg"
+viewBox="0 0 720 {340 * len(panels)}">{STYLE}{shapes}</svg>
+""")
+    table = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
+    table = "\n".join(table)
+    samples = (folder / "samples.md").read_text(encoding="utf-8")
+    write_text(folder / "report.md", f"""# {folder.name}
+
+    {run.place.command}
+
+![loss](loss.svg)
+
+```
+{run.plan}
+```
+
+| step | measured |
+| --- | --- |
+{table}
+{comparison}
+{samples}""")
 
 
 # ---- The batches of a step, the rows of an epoch ----
@@ -1210,9 +1225,10 @@ def step_batches(run, step):
     process, rows = run.process, range(step * run.rows, (step + 1) * run.rows)
     targets = sum(run.loader.row_index.locate(row)[2] for row in rows)
     share = run.rows // process.world_size
+    own_rows = rows[process.rank * share:][:share]
     batches = []
-    for first in range(process.rank * share, (process.rank + 1) * share, run.rows_at_once):
-        batch = run.loader.batch(rows[first:first + run.rows_at_once])
+    for first in range(0, share, run.rows_at_once):
+        batch = run.loader.batch(own_rows[first:first + run.rows_at_once])
         if process.device.type == "cuda":  # pinned memory: the copy runs beside the computation
             batch = [t.pin_memory() for t in batch]
         batches.append([t.to(process.device, non_blocking=True) for t in batch])
@@ -1240,8 +1256,10 @@ class RowIndex:
             row -= self.counts[shard]
 
     def _order(self, epoch):
-        shards = np.arange(len(self.shards))
-        return shards if self.seed is None else self._random(epoch).permutation(shards)
+        return self._shuffled(np.arange(len(self.shards)), epoch)
+
+    def _shuffled(self, array, *place):
+        return array if self.seed is None else self._random(*place).permutation(array)
 
     def _random(self, *place):
         return np.random.default_rng([self.seed, *place])
@@ -1249,32 +1267,21 @@ class RowIndex:
     def _rows(self, epoch, shard):
         """(rows, 2) int64: first token and number of targets of a shard's rows, in the order of the
         epoch."""
-        n, T = len(self.shards[shard]), self.block_size
-        if self.eot is not None:
-            starts, ends = self._documents(shard)
-        elif self.seed is None:
-            starts = np.arange(0, n - 1, T)
-            ends = np.minimum(starts + T, n - 1)
-        else:
-            count = (n - 1) // T
-            count -= count > 1  # one row's length is left to shift the cuts
-            shift = self._random(epoch, shard, 0).integers(0, min(T, n - count * T))
-            starts = shift + T * np.arange(count)
-            ends = starts + T
-        rows = np.stack((starts, ends - starts), axis=1)
-        return rows if self.seed is None else self._random(epoch, shard, 1).permutation(rows)
-
-    def _documents(self, shard):
-        """Where rows between <|endoftext|> begin and end. Of a document longer than T tokens, each
-        T make a row."""
         tokens, T = self.shards[shard], self.block_size
-        marks = [0, *np.flatnonzero(tokens == self.eot).tolist(), len(tokens) - 1]
-        starts, ends = [], []
-        for begin, end in itertools.pairwise(marks):
-            of_document = range(begin, end, T)
-            starts += of_document
-            ends += [min(start + T, end) for start in of_document]
-        return np.array(starts), np.array(ends)
+        last = len(tokens) - 1
+        marks = [0, last]  # where rows have to begin and end
+        if self.eot is not None:
+            marks = [0, *np.flatnonzero(tokens == self.eot).tolist(), last]
+        elif self.seed is not None:
+            count = last // T
+            count -= count > 1  # one row's length is left to shift the cuts
+            shift = self._random(epoch, shard, 0).integers(0, min(T, last + 1 - count * T))
+            marks = [shift, shift + count * T]
+        # From mark to mark, every T tokens: a row ends where the next one begins
+        starts = [np.arange(begin, end, T) for begin, end in itertools.pairwise(marks)]
+        edges = np.concatenate([*starts, marks[-1:]])
+        rows = np.stack((edges[:-1], np.diff(edges)), axis=1)
+        return self._shuffled(rows, epoch, shard, 1)
 
 
 # ---- Tokenizer ----
@@ -1297,7 +1304,7 @@ class Tokenizer:
         self.spec, self.eot, kind = spec, None, spec.get("kind")
         if kind == "gpt2":
             self.encoding = openai_encoding()
-            self.tokens = [self.encoding.decode_single_token_bytes(i) for i in range(50256)]
+            self.tokens = self.encoding.decode_tokens_bytes(range(50256))
         else:
             self.tokens = tokens_of(spec)
         if kind == "char":
@@ -1473,13 +1480,11 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = error
-        if isinstance(error, RuntimeError):
-            reason = error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(f"cannot write {path} ({reason.strerror}): make room or choose another "
-                        "folder; older files are intact") from None
+        for reason in (error, error.__context__):
+            if isinstance(reason, OSError):
+                raise UserError(f"cannot write {path} ({reason.strerror}): make room or choose "
+                                "another folder; older files are intact") from None
+        raise
 
 
 def write_atomically(path, write):
@@ -1497,10 +1502,10 @@ def write_atomically(path, write):
             beside.unlink(missing_ok=True)
 
 
-def replace(source, target, tries=20):
+def replace(source, target):
     """os.replace. On Windows it fails while another program, such as a virus scanner, reads the
     target: so try again for two seconds."""
-    for _ in range(tries - 1):
+    for _ in range(20):
         try:
             os.replace(source, target)
             return
@@ -1511,11 +1516,6 @@ def replace(source, target, tries=20):
 
 def write_text(path, text):
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def append(path, text):
-    with writing(path), open(path, "a", encoding="utf-8", newline="") as file:
-        file.write(text)
 
 
 def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
@@ -1563,7 +1563,7 @@ def read_checkpoint(path):
         check_shape(config)
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
             raise ValueError("its step or loss is impossible")
-        for key in ("config", "model", "settings", "tokenizer"):
+        for key in ("model", "settings", "tokenizer"):
             found[key].keys()
         return found
     except KeyError as error:
@@ -1572,23 +1572,27 @@ def read_checkpoint(path):
         raise not_valid(path, str(error)) from None
 
 
-def fitting_weights(model, found, path, lenient=False):
+def shapes(weights):
+    return {name: (t.shape, t.dtype, t.layout) for name, t in weights.items()}
+
+
+def fitting_weights(model, found, path, lenient):
     """A checkpoint's weights that fit a model, which may be on the device "meta" and take no
     memory. Raises UserError where some do not, unless `lenient`."""
-    ours, theirs = ({name: (tuple(t.shape), t.dtype, t.layout) for name, t in weights.items()}
-                    for weights in (model.state_dict(), found["model"]))
-    for name in [] if lenient else dict(ours.items() ^ theirs.items()):
-        names = other_code(found, of_model=True)
+    ours, theirs = shapes(model.state_dict()), shapes(found["model"])
+    wrong = dict(ours.items() ^ theirs.items())
+    if wrong and not lenient:
+        names = other_code(found, model_code)
         if names:
             raise UserError(f"{path} was trained by other code in {' and '.join(names)}: put that "
                             "back (the run's folder has its train_gpt2.py), or name another")
-        raise not_valid(path, f"this model code has another {name}: {ours.get(name)}, "
-                              f"not {theirs.get(name)}")
-    weights = found["model"].values()
-    if 4 * sum(tensor.numel() for tensor in weights) > os.path.getsize(path) or \
-            not all(tensor.isfinite().all() for tensor in weights):
-        raise not_valid(path, "its weights are incomplete or infinite")
-    return {name: found["model"][name] for name in ours if ours[name] == theirs.get(name)}
+        raise not_valid(path, f"this model code has other weights: {', '.join(wrong)}")
+    fitting = {name: found["model"][name] for name in ours if name not in wrong}
+    for tensor in fitting.values():
+        is_whole = 4 * tensor.numel() <= tensor.untyped_storage().nbytes()
+        if not is_whole or not tensor.isfinite().all():
+            raise not_valid(path, "its weights are incomplete or infinite")
+    return fitting
 
 
 def load_model(path, device="cpu", lenient=False, **changes):
@@ -1596,15 +1600,12 @@ def load_model(path, device="cpu", lenient=False, **changes):
     lenient, weights that do not fit an edited model start anew."""
     found = read_checkpoint(path)
     lenient = lenient and bool(other_code(found))
-    if path in OPENAI_NAMES:
-        path = converted_path(path)
     config = GPTConfig(**found["config"] | changes)
     with torch.device("meta"):
         weights = fitting_weights(GPT(config), found, path, lenient)
     model = GPT(config)
-    model.load_state_dict(weights, strict=False)
-    model.new_weights = [name for name in model.state_dict() if name not in weights]
-    model.code_difference = other_code(found, of_model=True)
+    model.new_weights = model.load_state_dict(weights, strict=False).missing_keys
+    model.code_difference = other_code(found, model_code)
     if found["tokenizer"]:
         try:
             model.tokenizer = Tokenizer(found["tokenizer"])
@@ -1663,6 +1664,7 @@ class Process:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_master = self.rank == 0  # the process that writes and prints
+        self.threads = torch.get_num_threads() * self.world_size
         name = s.device
         if name == "auto" and self.world_size > 1 and not torch.cuda.is_available():
             name = "cpu"  # a Mac has one MPS device, and gloo cannot reach it
@@ -1686,26 +1688,23 @@ class Process:
     def dtype_name(self):
         return str(self.dtype).removeprefix("torch.")
 
-    def device_name(self):
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-
     def autocast(self):
         single = self.dtype == torch.float32
         return nullcontext() if single else torch.autocast(self.device.type, self.dtype)
 
     def reduce(self, tensor, operation=dist.ReduceOp.SUM):
-        """The sum over all processes, on each of them; or what another operation makes."""
+        """The sum over all processes, on each of them; or what another operation makes. A tensor on
+        the device is changed itself."""
         if self.world_size > 1:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor, operation)
         return tensor
 
     def sum_gradients(self, model):
-        """Add up the processes' gradients, on each of them. All sums are under way at once."""
-        if self.world_size > 1:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            for under_way in [dist.all_reduce(grad, async_op=True) for grad in gradients]:
-                under_way.wait()
+        """Add up the processes' gradients, on each of them."""
+        for p in model.parameters():
+            if p.grad is not None:
+                self.reduce(p.grad)
 
     def copy_from_master(self, model):
         """The master's weights on each process: another machine may have rounded differently."""
@@ -1715,16 +1714,16 @@ class Process:
 
     def from_master(self, compute):
         """What compute() returns on the master, on every process; a UserError reaches all."""
-        answer = [None, ""]  # and the message of a UserError
+        answer = [None]
         if self.is_master:
             try:
-                answer[0] = compute()
+                answer = [compute()]
             except UserError as error:
-                answer[1] = str(error)
+                answer = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise UserError(answer[1])
+        if isinstance(answer[0], UserError):
+            raise answer[0]
         return answer[0]
 
 
@@ -1753,10 +1752,6 @@ def pick_dtype(name, device):
     if device.type == "cpu" and native():
         return torch.bfloat16
     return torch.float32
-
-
-def count_threads(process):
-    return torch.get_num_threads() * process.world_size
 
 
 def wait_for(device):
@@ -1826,9 +1821,9 @@ def adopt_shape(s, given, path):
     """The weights in a file have their own shape; only the rows may be shorter."""
     config = GPTConfig(**read_checkpoint(path)["config"])
     for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "tie_weights"):
-        if given.get(name, getattr(config, name)) != getattr(config, name):
-            raise UserError(f"{path} has {name}={getattr(config, name)}: leave that out"
-                            + way_out(path))
+        value = getattr(config, name)
+        if given.get(name, value) != value:
+            raise UserError(f"{path} has {name}={value}: leave that out{way_out(path)}")
     if given.get("block_size", 0) > config.block_size:
         raise UserError(f"{path} has a context of {config.block_size}: lower --block_size")
     wanted = (PRESETS[s.preset] | given).get("block_size", config.block_size)
@@ -1851,34 +1846,36 @@ def check_shape(c):
 HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
-def token_losses(logits, targets):
-    """(B, T, V), (B, T) -> (B, T) float32 on the CPU: nats of each target, 0 for -1."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device),
-                           ignore_index=-1, reduction="none")
-    return nats.view(targets.shape).cpu()
+def token_losses(model, x, y, process):
+    """Inputs and targets, (B, T) -> nats of each target, (B, T) float32 on the CPU; 0 for -1."""
+    with evaluating(model), process.autocast():
+        logits, _ = model(x.to(process.device))  # (B, T, V)
+    targets = y.flatten().to(logits.device)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction="none")
+    return nats.view(y.shape).cpu()
 
 
 def evaluate(model, loader, s, process, data):
     """The loss on the validation rows, always the same ones, in nats per token, and its part above
     the floor where that is known: {column of the log: value}."""
-    count, size = loader.rows_per_epoch, max(1, 4096 // s.block_size)
+    rows, size = range(loader.rows_per_epoch), max(1, 4096 // s.block_size)
     if s.eval_tokens is not None:
-        count = min(count, max(1, s.eval_tokens // s.block_size))
+        rows = rows[:max(1, s.eval_tokens // s.block_size)]
     # The floor is that of the whole split. Its skills are in the order of the one shard's tokens
     has_floor = (data.skills is not None and s.rows == "documents" and len(loader.shards) == 1
-                 and count == loader.rows_per_epoch)
+                 and len(rows) == loader.rows_per_epoch)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
     # Targets, their bytes of text, the nats of each skill. A line per batch: any number of
     # processes adds up in the same order
-    sums = torch.zeros((math.ceil(count / size), 2 + len(SKILLS)), dtype=torch.float64)
+    firsts = rows[::size]  # rows that begin a batch
+    sums = torch.zeros((len(firsts), 2 + len(SKILLS)), dtype=torch.float64)
     for i in range(process.rank, len(sums), process.world_size):
-        x, y = loader.batch(range(i * size, min((i + 1) * size, count)))
-        with evaluating(model), process.autocast():
-            logits, _ = model(x.to(process.device))
+        x, y = loader.batch(rows[firsts[i]:firsts[i] + size])
         targets = y[y != -1]  # (targets,), row after row
-        nats, skill = token_losses(logits, y)[y != -1].double(), torch.zeros_like(targets)
+        nats = token_losses(model, x, y, process)[y != -1].double()
+        skill = torch.zeros_like(targets)
         if has_floor:
-            _, start, _ = loader.row_index.locate(i * size)
+            _, start, _ = loader.row_index.locate(firsts[i])
             skill += torch.from_numpy(data.skills[start + 1:][:len(targets)])
         sums[i, 0], sums[i, 1] = len(targets), token_bytes[targets].sum()
         sums[i, 2:] = torch.bincount(skill, nats, minlength=len(SKILLS))
@@ -1906,11 +1903,9 @@ def hellaswag(model, questions, process):
         context = context[-(block_size + 1 - max(map(len, endings))):]  # what fits before them
         rows = [torch.tensor(context + ending) for ending in endings]
         rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (4, T + 1)
-        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:].clone()
+        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]
         y[:, :len(context) - 1] = -1  # only the endings count
-        with evaluating(model), process.autocast():
-            logits, _ = model(x.to(process.device))  # (4, T, V)
-        nats = token_losses(logits, y).sum(dim=1)  # (4,)
+        nats = token_losses(model, x, y, process).sum(dim=1)  # (4,)
         losses[number] = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
     return process.reduce(losses).argmin(dim=1).cpu()
 
@@ -1969,11 +1964,10 @@ def report_evaluation(s, process):
 def matmul_speed(process, n=2048):
     """FLOP/s of a device in an n x n x n product: the mean of ten in a row."""
     a = torch.randn(n, n, device=process.device, dtype=process.dtype)
-    b = torch.randn(n, n, device=process.device, dtype=process.dtype)
     for count in (2, 10):  # the first two warm up
         began = time.perf_counter()
         for _ in range(count):
-            a @ b
+            a @ a
         wait_for(process.device)
     return 2 * n**3 * count / (time.perf_counter() - began)
 
@@ -2017,7 +2011,7 @@ def reports_mistakes(main):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(message)
 
 
 # What other programs call some settings
@@ -2033,6 +2027,7 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     its help, and a comment on a line of its own heads a group."""
     parser = Parser(usage="%(prog)s [--name=value ...]", description=doc, allow_abbrev=False,
                     epilog="\n  ".join(["presets:", *presets]) if presets else "",
+                    argument_default=argparse.SUPPRESS,  # what is not given is not in the result
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = typing.get_type_hints(cls)
     group = parser
@@ -2051,35 +2046,33 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     for word in unknown:
         raise UserError(f"{word!r} is not a setting; {nearest(word, kinds)}")
     if words and (bare in given or (len(words) > 1 and kinds[bare] is str)):
-        raise UserError(f"a {bare} of several words ({words[-1]!r} is the last): put it in quotes")
+        raise UserError(f"{words[-1]!r} is one word too many: if it belongs to the {bare}, put it "
+                        "in quotes")
     if words:
         given[bare] = words[0] if len(words) == 1 else words
-    changes = {}
-    if presets:
-        preset = given.get("preset", cls.preset)
-        if preset not in presets:
-            raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
-        changes = presets[preset]
-    return cls(**changes | given), given
+    if presets is None:
+        return cls(**given), given
+    preset = given.get("preset", cls.preset)
+    if preset not in presets:
+        raise UserError(f"there is no preset {preset!r}, only {', '.join(presets)}")
+    return cls(**presets[preset] | given), given
 
 
 def add_option(group, name, kind, default, comment):
     """Add a setting to the parser, by the kind of its value."""
-    comment = comment.replace("%", "%%")
-    common = {"default": argparse.SUPPRESS, "help": comment}
+    option, comment = f"--{name}", comment.replace("%", "%%")
     if kind is bool:
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(option, action=argparse.BooleanOptionalAction, help=comment)
         return
-    parts = typing.get_args(kind)
+    parts, choices = typing.get_args(kind), None
     if typing.get_origin(kind) is Literal:
-        common["choices"] = parts
-        convert = parse_choice
+        choices, convert = parts, parse_choice
     elif kind is str or str in parts:
         convert = str
     else:
         is_optional = type(None) in parts
         convert = functools.partial(parse_number, parts[0] if parts else kind, is_optional)
-    group.add_argument(f"--{name}", type=convert, metavar=str(default), **common)
+    group.add_argument(option, type=convert, choices=choices, metavar=str(default), help=comment)
 
 
 def parse_choice(text):
@@ -2165,7 +2158,7 @@ def main(argv=None):
         open_data(s.data_dir)  # its mistakes come before a new folder
         command = shlex.join(["python", "train_gpt2.py", *(sys.argv[1:] if argv is None else argv)])
         place = process.from_master(lambda: choose_folder(s, command, process))
-        if place.is_done:
+        if place.step == s.max_steps:
             if process.is_master:
                 print(f"{place.folder} has taken its {s.max_steps:,} steps: nothing is left to do")
             return 0

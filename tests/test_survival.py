@@ -110,7 +110,7 @@ def test_killed_at_any_instant(tiny_run, tmp_path):
     exact = [functools.partial(die_in, *where) for where in (
         ("evaluate", 3), ("GPT.generate", 1), ("evaluate", 8),  # the last: measured, then saved
         ("torch.save", 2), ("os.replace", 8),  # a checkpoint is half written, or not yet in place
-        ("write_report", 2), ("append", 20))]
+        ("write_report", 2), ("Run.append", 20))]
     randoms = 30 if FULL else 2
     while kills < randoms or exact:
         at = exact[-1] if exact else None
