@@ -46,9 +46,10 @@ def shared_file():
     """Name of a real text -> its path; skips where the texts are missing."""
     def find(name):
         folder = os.environ.get("SHARED_DATA")
-        if not folder or not (Path(folder) / name).exists():
+        path = Path(folder or "", name)
+        if not folder or not path.exists():
             pytest.skip(f"SHARED_DATA names no folder with {name}")
-        return Path(folder) / name
+        return path
     return find
 
 
@@ -63,21 +64,28 @@ def gpt2_vocabulary():
 def random_model(spec=None, scale=1, **shape):
     """Its biases and norms are random too. A large scale makes nearly equal logits rare."""
     torch.manual_seed(2)
-    tokenizer = train_gpt2.Tokenizer(spec) if spec else None
-    shape = dict(vocab_size=tokenizer.vocab_size if spec else 300, block_size=24, n_layer=1,
-                 n_head=1, n_embd=16) | shape
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(scale).add_(0.1 * torch.randn_like(parameter))
+    small = dict(vocab_size=300, block_size=24, n_layer=1, n_head=1, n_embd=16)
+    tokenizer = None
+    if spec:
+        tokenizer = train_gpt2.Tokenizer(spec)
+        small["vocab_size"] = tokenizer.vocab_size
+    config = train_gpt2.GPTConfig(**small | shape)
+    model = train_gpt2.GPT(config).eval()
     model.tokenizer = tokenizer
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data.mul_(scale).add_(0.1 * noise)
     return model
 
 
 def agree(ours, theirs):
     """The logits of a model here and of one in transformers."""
-    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=generator)
     with torch.no_grad():
-        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+        logits, _ = ours(idx)
+        difference = logits - theirs(idx).logits
+    assert difference.abs().max() < 1e-4
 
 
 @pytest.fixture
@@ -137,21 +145,33 @@ def log_of(folder):
 
 
 def contents(folder):
-    """{path: the file's hash, False for a folder}"""
-    return {path.relative_to(folder): path.is_file() and hashlib.sha256(path.read_bytes()).digest()
-            for path in folder.rglob("*") if path.name != ".lock"}
+    """{path: the file's hash, or "folder"}"""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.name != ".lock":
+            name = path.relative_to(folder)
+            found[name] = "folder"
+            if path.is_file():
+                found[name] = hashlib.sha256(path.read_bytes()).digest()
+    return found
 
 
 @contextlib.contextmanager
-def small_files(size):
-    """No file may become larger, as on a full disk."""
+def limited(name, value):
+    """A limit of this process is lower inside the with block."""
     import resource
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    limit = getattr(resource, name)
+    before = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(limit, before)
+
+
+def small_files(size):
+    """No file may become larger, as on a full disk."""
+    return limited("RLIMIT_FSIZE", size)
 
 
 class Bomb:
@@ -166,7 +186,8 @@ def fails(main, argv, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ")
+    assert "\n" not in errors, errors
+    return errors

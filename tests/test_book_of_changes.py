@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,60 +29,95 @@ train_gpt2.main(sys.argv[1:])"""
 
 def head_and_diff(name):
     text = (CHANGES / f"{name}.patch").read_text(encoding="utf-8")
-    return text.partition("\n\n")[::2]
+    head, _, diff = text.partition("\n\n")
+    return head, diff
+
+
+def imported(name, path):
+    """A script as a module; what imports this name from now on gets it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def patched(tmp_path, monkeypatch):
     """A function: "rope+muon" -> train_gpt2 and sample with these patches."""
+    for name in ("train_gpt2", "sample"):  # are put back afterwards
+        monkeypatch.setitem(sys.modules, name, None)
+
     def load(names):
         for script in ROOT.glob("*.py"):
             shutil.copy(script, tmp_path)
         for name in names.split("+"):
             subprocess.run(["git", "apply", CHANGES / f"{name}.patch"], cwd=tmp_path, check=True)
-        for name in ("train_gpt2", "sample"):
-            spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-            monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
-            spec.loader.exec_module(sys.modules[name])
-        return sys.modules["train_gpt2"], sys.modules["sample"]
+        train_gpt2 = imported("train_gpt2", tmp_path / "train_gpt2.py")
+        return train_gpt2, imported("sample", tmp_path / "sample.py")
     return load
 
 
+class Trained(NamedTuple):
+    folder: Path
+    log: list  # its rows
+    text: str  # by its best weights
+
+
 def trained(module, argv, folder):
-    """(folder, rows of its log, a text by its best weights)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "matmul_speed", lambda *_: 1e9)
         assert module.main([*argv, f"--out_dir={folder}"]) == 0
     model = module.GPT.from_checkpoint(folder / "best.pt")
-    return folder, log_of(folder), model.generate("Once", 50, seed=1)
+    return Trained(folder, log_of(folder), model.generate("Once", 50, seed=1))
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
 
 
 @pytest.fixture(scope="session")
 def plain(stories, tmp_path_factory):
-    """Runs of the unpatched scripts: a new one, and one from its best weights."""
-    folder, argv = tmp_path_factory.mktemp("plain"), [f"--data_dir={stories}", *RUN]
-    more = f"--init_from={folder}/base/best.pt"
-    return [trained(train_gpt2, argv, folder / "base"),
-            trained(train_gpt2, [*argv, more], folder / "tuned")]
+    """A run of the unpatched scripts."""
+    folder = tmp_path_factory.mktemp("plain")
+    return trained(train_gpt2, [f"--data_dir={stories}", *RUN], folder / "base")
+
+
+@pytest.fixture(scope="session")
+def tuned(plain, stories, tmp_path_factory):
+    """A second one, from the best weights of the first."""
+    argv = [f"--data_dir={stories}", *RUN, f"--init_from={plain.folder / 'best.pt'}"]
+    return trained(train_gpt2, argv, tmp_path_factory.mktemp("tuned") / "run")
+
+
+def columns_and_files(run):
+    files = {path.name for path in run.folder.iterdir()}
+    return files.union(run.log[0])
 
 
 def changes(ours, theirs):
     """What differs between two runs; (later): not in the log's first row."""
     found = []
     for name in ("lr", "train_loss", "val_loss"):
-        differs = [a[name] != b[name] for a, b in zip(ours[1], theirs[1], strict=True)]
-        found += [name if differs[0] else f"{name} (later)"] * any(differs)
-    names = [{*rows[0], *(path.name for path in folder.iterdir())}
-             for folder, rows, _ in (ours, theirs)]
-    return ", ".join([*found, *["text"] * (ours[2] != theirs[2]), *sorted(names[0] ^ names[1])])
+        values = [row[name] for row in ours.log]
+        others = [row[name] for row in theirs.log]
+        if values[0] != others[0]:
+            found.append(name)
+        elif values != others:
+            found.append(f"{name} (later)")
+    if ours.text != theirs.text:
+        found.append("text")
+    found += sorted(columns_and_files(ours) ^ columns_and_files(theirs))
+    return ", ".join(found)
 
 
 def parts(folder):
     """{(name, lines), ...} of functions, classes and other statements."""
     found = set()
     for path in folder.glob("*.py"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for node in ast.parse("\n".join(lines)).body:
+        code = path.read_text(encoding="utf-8")
+        lines = code.splitlines()
+        for node in ast.parse(code).body:
             name = getattr(node, "name", "a statement")
             found.add((name, tuple(lines[node.lineno - 1:node.end_lineno])))
     return found
@@ -91,56 +127,76 @@ def parts(folder):
 def test_a_patch_is_small(name, patched, tmp_path):
     patched(name)
     head, diff = head_and_diff(name)
+    assert re.match(r".*\([^)]* (19|20)\d\d\b.*\n.+\nChanges: .+$", head)
     lines = re.findall(r"^[-+](?![-+])", diff, re.M)
     assert 0 < len(lines) <= (25 if name in ("gqa", "muon", "lora") else 15)
-    assert len({part for part, _ in parts(ROOT) ^ parts(tmp_path)}) <= 2
-    assert re.match(r".*\([^)]* (19|20)\d\d\b.*\n.+\nChanges: .+$", head)
+    changed = {part for part, _ in parts(ROOT) ^ parts(tmp_path)}
+    assert len(changed) <= 2
+
+
+def crash(names, module, argv, folder):
+    """Train until after step 24 and end there, two of the patches by a kill."""
+    if names in ("rope", "muon"):
+        command = [sys.executable, "-c", KILLED, *argv, f"--out_dir={folder}"]
+        status = subprocess.run(command, cwd=folder.parent).returncode
+        assert status in (-9, 9)  # 9: on Windows
+    else:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(module.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
+            trained(module, argv, folder)
 
 
 @pytest.mark.parametrize("names", [*PATCHES, SIX])
-def test_a_change_is_in_force_everywhere(names, patched, plain, stories, tmp_path, capsys):
+def test_a_change_is_in_force_everywhere(names, patched, plain, tuned, stories, tmp_path, capsys):
     train_gpt2, sample = patched(names)
-    argv, whole, broken = [f"--data_dir={stories}", *RUN], tmp_path / "whole", tmp_path / "broken"
-    argv += [f"--init_from={plain[0][0] / 'best.pt'}"] * (names == "lora")
-    ours, seen = trained(train_gpt2, argv, whole), "train_loss, val_loss, text"
+    argv = [f"--data_dir={stories}", *RUN]
+    unpatched, seen = plain, "train_loss, val_loss, text"
+    if names == "lora":
+        argv.append(f"--init_from={plain.folder / 'best.pt'}")
+        unpatched = tuned
+    whole = trained(train_gpt2, argv, tmp_path / "whole")
     if names != SIX:
-        seen = changes(ours, plain[names == "lora"])
-        assert head_and_diff(names)[0].endswith(f"Changes: {seen}")
+        head, _ = head_and_diff(names)
+        seen = changes(whole, unpatched)
+        assert head.endswith(f"Changes: {seen}")
+
+    crash(names, train_gpt2, argv, tmp_path / "broken")
+    broken = trained(train_gpt2, argv, tmp_path / "broken")
+    assert f"continuing {broken.folder} from step 20" in capsys.readouterr().out
+    assert changes(broken, whole) == ""
+    weights = weights_of(whole.folder / "ckpt.pt")
+    resumed = weights_of(broken.folder / "ckpt.pt")
+    for name in weights:
+        assert torch.equal(weights[name], resumed[name])
 
     if names == "gqa":  # of other shapes: a run of the plain model stays
-        there = shutil.copytree(plain[0][0], tmp_path / "run")
-        assert train_gpt2.main([*argv, f"--out_dir={there}"]) == 0 and (tmp_path / "run-2").exists()
-    if names in ("rope", "muon"):
-        killed = subprocess.run([sys.executable, "-c", KILLED, *argv, f"--out_dir={broken}"],
-                                cwd=tmp_path)
-        assert killed.returncode in (-9, 9)  # 9: on Windows
-    else:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(train_gpt2.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
-            trained(train_gpt2, argv, broken)
-    assert not changes(trained(train_gpt2, argv, broken), ours)
-    assert f"continuing {broken} from step 20" in capsys.readouterr().out
-    weights, others = (torch.load(folder / "ckpt.pt", weights_only=True)["model"]
-                       for folder in (whole, broken))
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+        there = shutil.copytree(plain.folder, tmp_path / "run")
+        assert train_gpt2.main([*argv, f"--out_dir={there}"]) == 0
+        assert (tmp_path / "run-2").exists()
     if names == "lora":  # the base is as it was
-        base = torch.load(plain[0][0] / "best.pt", weights_only=True)
-        assert all(torch.equal(weights[name], base["model"][name]) for name in base["model"])
-        assert float(ours[1][0]["val_loss"]) == base["best_val_loss"]
+        base = torch.load(plain.folder / "best.pt", weights_only=True)
+        assert float(whole.log[0]["val_loss"]) == base["best_val_loss"]
+        for name, tensor in base["model"].items():
+            assert torch.equal(weights[name], tensor)
     if names == "log":
-        steps = re.findall(r'"step": (\d+)', (broken / "log.jsonl").read_text())
-        assert steps == [row["step"] for row in ours[1]]
+        steps = re.findall(r'"step": (\d+)', (broken.folder / "log.jsonl").read_text())
+        assert steps == [row["step"] for row in whole.log]
 
-    model = train_gpt2.GPT.from_checkpoint(whole / "best.pt")
+    best = whole.folder / "best.pt"
+    model = train_gpt2.GPT.from_checkpoint(best)
     check_cache(model, torch.arange(40)[None], 40, train_gpt2.stream_tokens)
-    s, data = train_gpt2.Settings(data_dir=stories), train_gpt2.open_data(stories)
-    x, y = train_gpt2.open_rows(s, data, "val", None).batch(range(1000 // 112))
-    logged = min(float(row["val_loss"]) for row in ours[1] if row["val_loss"])
-    assert logged == pytest.approx(model(x, y)[1].item(), abs=1e-5)
-    assert sample.main(["Once", f"--checkpoint={whole / 'best.pt'}", "--max_new_tokens=10"]) == 0
+    s = train_gpt2.Settings(data_dir=stories)
+    loader = train_gpt2.open_rows(s, train_gpt2.open_data(stories), "val", None)
+    _, loss = model(*loader.batch(range(1000 // 112)))
+    logged = min(float(row["val_loss"]) for row in whole.log if row["val_loss"])
+    assert logged == pytest.approx(loss.item(), abs=1e-5)
+    capsys.readouterr()
+    assert sample.main(["Once", f"--checkpoint={best}", "--max_new_tokens=10"]) == 0
     assert capsys.readouterr().out.startswith("Once")
-    is_gpt2 = "val_loss," not in seen and names != "lora"
-    with nullcontext() if is_gpt2 else pytest.raises(train_gpt2.UserError, match="GPT-2: [^\n]+$"):
+    if "val_loss," in seen or names == "lora":  # another function than GPT-2
+        with pytest.raises(train_gpt2.UserError, match="GPT-2: [^\n]+$"):
+            sample.export(model, tmp_path / "exported")
+    else:
         sample.export(model, tmp_path / "exported")
 
 

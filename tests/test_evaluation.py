@@ -14,61 +14,60 @@ from test_model import arrays, to_transformers
 
 import prepare_data
 import train_gpt2
-from train_gpt2 import Settings, Process, evaluate, hellaswag, open_data, open_rows
+from train_gpt2 import Process, Settings, evaluate, hellaswag, open_data, open_rows
 
 
-def small_model(tokenizer, **changes):
-    shape = dict(block_size=112, n_layer=2, n_head=2, n_embd=32) | changes
-    return random_model(tokenizer.spec, **shape)
+def small_model(tokenizer, block_size=112):
+    return random_model(tokenizer.spec, block_size=block_size, n_layer=2, n_head=2, n_embd=32)
 
 
 def evaluated(folder, model, **settings):
-    data, s = open_data(folder), Settings(
-        data_dir=str(folder), device="cpu", dtype="float32", **settings)
-    return evaluate(model, open_rows(s, data, "val", None), s, Process(s), data)
+    s = Settings(data_dir=str(folder), device="cpu", dtype="float32", **settings)
+    data = open_data(folder)
+    loader = open_rows(s, data, "val", None)
+    return evaluate(model, loader, s, Process(s), data)
 
 
-def val_tokens(folder):
-    paths = train_gpt2.shard_paths(folder)["val"]
-    return np.concatenate([train_gpt2.read_shard(path) for path in paths]).tolist()
+def cuts(rows, tokens, eot):
+    """(first, last token) of documents, or of 40 rows of 112 tokens."""
+    ends = range(0, 41 * 112, 112)
+    if rows == "documents":
+        ends = np.flatnonzero(tokens == eot)
+    return zip(ends, ends[1:], strict=False)
 
 
-@pytest.mark.parametrize("rows", ["documents", "stream"])
-def test_validation_loss_agrees_with_numpy(rows, stories):
+@pytest.mark.parametrize("rows, eval_tokens", [("documents", None), ("stream", 40 * 112)])
+def test_validation_loss_agrees_with_numpy(rows, eval_tokens, stories):
     """Loss, bits per byte and skills, from the shard itself by a GPT-2 in NumPy."""
     data = open_data(stories)
     model = small_model(data.tokenizer)
-    tokens, T, eot, params = val_tokens(stories), 112, data.tokenizer.eot, arrays(model, np.float64)
-    starts, ends, count = range(0, 40 * T, T), range(T, 41 * T, T), 40 * T
-    if rows == "documents":
-        starts = [i for i, token in enumerate(tokens[:-1]) if token == eot]
-        ends, count = [*starts[1:], len(tokens) - 1], None
-    nats, labels, targets = [], [], []
-    for start, end in zip(starts, ends, strict=True):
-        logits, _ = first_principles.forward(params, np.array([tokens[start:end]]), n_head=2)
-        y = tokens[start + 1:end + 1]
-        shifted = logits[0] - logits[0].max(axis=-1, keepdims=True)
-        nats += (np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(y)), y]).tolist()
-        labels += data.skills[start + 1:end + 1].tolist()
-        targets += y
-    found = evaluated(stories, model, rows=rows, eval_tokens=count)
-    assert found["val_loss"] == pytest.approx(np.mean(nats), abs=1e-5)
-    size = len(data.tokenizer.decode_bytes([token for token in targets if token != eot]))
-    bits = sum(nats) / math.log(2) / size
-    assert found["val_bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+    params = arrays(model, np.float64)
+    eot = data.tokenizer.eot
+    tokens = train_gpt2.read_shard(*train_gpt2.shard_paths(stories)["val"])
+    nats = []
+    for first, last in cuts(rows, tokens, eot):
+        x, y = tokens[first:last], tokens[first + 1:last + 1]
+        logits, _ = first_principles.forward(params, x[None], n_head=2)
+        probabilities = first_principles.softmax(logits[0])
+        nats.extend(-np.log(probabilities[np.arange(len(y)), y]))
+    nats = np.array(nats)
+    found = evaluated(stories, model, rows=rows, eval_tokens=eval_tokens)
+    assert found["val_loss"] == pytest.approx(nats.mean(), abs=1e-5)
+    targets = tokens[1:1 + len(nats)]
+    size = len(data.tokenizer.decode_bytes(targets[targets != eot].tolist()))
+    bits = nats.sum() / math.log(2)
+    assert found["val_bits_per_byte"] == pytest.approx(bits / size, abs=1e-5)
     assert ("above_floor" in found) == (rows == "documents")
     if rows == "documents":
-        assert add_up(found) and found["val_loss"] - found["above_floor"] == pytest.approx(
-            data.meta["entropy_floor"], abs=1e-12)
+        floor = found["val_loss"] - found["above_floor"]
+        assert floor == pytest.approx(data.meta["entropy_floor"], abs=1e-12)
+        total = 0
         for number, (name, floor) in enumerate(data.meta["skills"].items()):
-            its = sum(n for n, label in zip(nats, labels, strict=True) if label == number)
-            expected = its / len(nats) - floor
-            assert found[f"above_floor_{name}"] == pytest.approx(expected, abs=1e-5)
-
-
-def add_up(found):
-    skills = sum(found[f"above_floor_{name}"] for name in train_gpt2.SKILLS)
-    return skills == pytest.approx(found["above_floor"], abs=1e-12)
+            above = found[f"above_floor_{name}"]
+            its_nats = nats[data.skills[1:] == number].sum()
+            assert above == pytest.approx(its_nats / len(nats) - floor, abs=1e-5)
+            total += above
+        assert total == pytest.approx(found["above_floor"], abs=1e-12)
 
 
 def lines_of(shared_file, count):
@@ -77,28 +76,38 @@ def lines_of(shared_file, count):
 
 
 def questions_of(shared_file, count):
-    questions = map(json.loads, lines_of(shared_file, count))
-    return [(each["ctx"], [" " + ending for ending in each["endings"]], each["label"])
-            for each in questions]
+    questions = []
+    for line in lines_of(shared_file, count):
+        question = json.loads(line)
+        endings = [" " + ending for ending in question["endings"]]
+        questions.append((question["ctx"], endings, question["label"]))
+    return questions
+
+
+@torch.no_grad()
+def nats_of(theirs, context, ending):
+    """-ln p of each token of an ending, by transformers' model."""
+    idx = torch.tensor([context + ending[:-1]])
+    logits = theirs(idx).logits[0, -len(ending):]
+    return F.cross_entropy(logits, torch.tensor(ending), reduction="none")
 
 
 @pytest.mark.parametrize("block_size", [1024, 40])
 def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vocabulary):
     questions = questions_of(shared_file, 1000 if FULL else 30)
     questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # one token
-    model = small_model(gpt2_vocabulary, block_size=block_size)
-    theirs, encode, T = to_transformers(model), gpt2_vocabulary.encode, block_size
+    model = small_model(gpt2_vocabulary, block_size)
+    theirs = to_transformers(model)
+    encode = gpt2_vocabulary.encode
     chosen = hellaswag(model, questions, Process(Settings(device="cpu", dtype="float32")))
-    for (context, endings, _), choices in zip(questions, chosen.tolist(), strict=True):
-        endings = [encode(ending)[:T] for ending in endings]
-        context, losses = encode(context)[-(T + 1 - max(map(len, endings))):], []
-        for ending in endings:
-            ids = torch.tensor([context + ending])
-            with torch.no_grad():
-                logits = theirs(ids[:, :-1]).logits[0, -len(ending):]
-            nats = F.cross_entropy(logits, torch.tensor(ending), reduction="none")
-            losses.append((nats.sum().item(), nats.mean().item()))
-        assert choices == np.argmin(losses, axis=0).tolist()
+    for (context, endings, _), choices in zip(questions, chosen, strict=True):
+        endings = [encode(ending)[:block_size] for ending in endings]
+        room = block_size + 1 - max(map(len, endings))
+        context = encode(context)[-room:]
+        nats = [nats_of(theirs, context, ending) for ending in endings]
+        best = np.argmin([each.sum() for each in nats])
+        best_per_token = np.argmin([each.mean() for each in nats])
+        assert choices.tolist() == [best, best_per_token]
 
 
 def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path, monkeypatch,
@@ -111,13 +120,14 @@ def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path
     (tmp_path / "text.txt").write_text("Words to train on, and to be validated by. " * 100)
     prepare_data.main(["text.txt", "--tokenizer=gpt2", "--out_dir=data/text"])
     argv = ["--data_dir=data/text", "--rows=stream", "--dtype=float32", "--device=cpu"]
-    assert train_gpt2.main([*argv, "--max_steps=2", "--n_layer=1", "--n_embd=16", "--block_size=64",
-                            "--batch_size=2"]) == 0
+    shape = ["--n_layer=1", "--n_embd=16", "--block_size=64", "--batch_size=2", "--max_steps=2"]
+    assert train_gpt2.main([*argv, *shape]) == 0
     said = re.search(r"HellaSwag (acc [\d.]+%, acc_norm [\d.]+%)", capsys.readouterr().out)[1]
-    row = log_of(tmp_path / "out" / "stories")[-1]
-    assert said == f"acc {float(row['hellaswag_acc']):.2%}, " \
-                   f"acc_norm {float(row['hellaswag_acc_norm']):.2%}"
-    assert said in (tmp_path / "out" / "stories" / "report.md").read_text(encoding="utf-8")
+    run = tmp_path / "out" / "stories"
+    row = log_of(run)[-1]
+    acc, acc_norm = float(row["hellaswag_acc"]), float(row["hellaswag_acc_norm"])
+    assert said == f"acc {acc:.2%}, acc_norm {acc_norm:.2%}"
+    assert said in (run / "report.md").read_text(encoding="utf-8")
     argv += ["--eval_only", "--init_from=out/stories/ckpt.pt"]
     assert train_gpt2.main(argv) == 0
     assert said in capsys.readouterr().out
@@ -125,30 +135,37 @@ def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path
     assert f"{train_gpt2.HELLASWAG} is damaged" in fails(train_gpt2.main, argv, capsys)
 
 
-def test_what_a_run_says_draws_and_reports(small_run, tmp_path, capsys):
+def test_what_a_run_says_draws_and_reports(small_run, stories, tmp_path, capsys):
     """A resumed run draws and reports as a whole run does, from log and samples."""
-    argv = [*(word for word in small_run if "eval_tokens" not in word), "--sample_every=10"]
+    small_run.remove("--eval_tokens=2000")
+    small_run.append("--sample_every=10")
     whole, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    assert train_gpt2.main([*argv, f"--out_dir={whole}"]) == 0
-    output, data = capsys.readouterr().out, open_data(argv[0][11:])
-    V, T, C, train = data.tokenizer.vocab_size, 112, 32, data.meta["train"]
+    assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
+    output = capsys.readouterr().out
+    data = open_data(stories)
+    V, T, C = data.tokenizer.vocab_size, 112, 32
     N = V * C + T * C + 2 * (12 * C * C + 13 * C) + 2 * C
-    plan = re.search(r"^model: (.*) parameters; .* of ln .* = (.*)\n.*\nplan: 30 steps of 8 "
-                     r"rows, 4 at once; (.*) tokens, .* (.*) tokens per parameter$", output, re.M)
-    tokens = 30 * 8 * (train["tokens"] - 1) / train["documents"]
-    assert plan.groups() == (f"{N:,}", f"{math.log(V):.2f}", f"{tokens:,.0f}", f"{tokens / N:.1f}")
+    tokens = 30 * 8 * (data.meta["train"]["tokens"] - 1) / data.meta["train"]["documents"]
+    assert f"model: {N:,} parameters; " in output
+    assert f" of ln {V:,} = {math.log(V):.2f}\n" in output
+    assert f"\nplan: 30 steps of 8 rows, 4 at once; {tokens:,.0f} tokens, " in output
+    assert f", {tokens / N:.1f} tokens per parameter\n" in output
     assert re.search(r"^step 30: val \d\.\d{4}, \d\.\d{3} bits per byte, [\d,.]+ % above the floor "
                      r"\(wording [\d.]+, choices -?[\d.]+, recall [\d.]+\)$", output, re.M)
-    assert stopped(24, [*argv, f"--out_dir={broken}"]) == 143
-    for name in ("report.md", "loss.svg"):
-        (broken / name).unlink()
-    assert train_gpt2.main([*argv, f"--out_dir={broken}"]) == 0
-    texts = [(folder / "report.md").read_text(encoding="utf-8") for folder in (whole, broken)]
-    assert texts[0] == texts[1].replace(str(broken), str(whole)) and texts[0].startswith("# run\n") and plan[0] in texts[0]
-    assert re.findall(r"^\| (\d+) \|", texts[0], re.M) == ["0", "10", "20", "30"]
-    assert re.findall(r"^## Step (\d+)", texts[1], re.M) == ["10", "20", "30"]
+    assert stopped(24, [*small_run, f"--out_dir={broken}"]) == 143
+    (broken / "report.md").unlink()
+    (broken / "loss.svg").unlink()
+    assert train_gpt2.main([*small_run, f"--out_dir={broken}"]) == 0
+    report = (whole / "report.md").read_text(encoding="utf-8")
+    again = (broken / "report.md").read_text(encoding="utf-8")
+    assert again.replace(str(broken), str(whole)) == report
+    assert report.startswith("# run\n")
+    assert output[output.index("model:"):output.index(" tokens per parameter")] in report
+    assert re.findall(r"^\| (\d+) \|", report, re.M) == ["0", "10", "20", "30"]
+    assert re.findall(r"^## Step (\d+)", report, re.M) == ["10", "20", "30"]
     assert (whole / "loss.svg").read_bytes() == (broken / "loss.svg").read_bytes()
-    words = "".join(ElementTree.parse(whole / "loss.svg").getroot().itertext())
+    picture = ElementTree.parse(whole / "loss.svg")
+    words = "".join(picture.getroot().itertext())
     floor = f"floor {data.meta['entropy_floor']:.4f}"
     for name in ("training", "validation", "uniform 6.", "unigram", "bigram", floor, "recall"):
         assert name in words, name
