@@ -638,7 +638,7 @@ class Run:
         self.measured = {}  # since the last line of the log
         self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
         self.speed_from = None  # (time, tokens) from where throughput is measured
-        self.progress = place.progress
+        self.progress = place.progress or {}
         self.tokens = self.progress.get("tokens", 0)  # trained on
         process.set_dtype(self.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
 
@@ -861,7 +861,7 @@ class Place:
     settings: dict  # as the person set them
     command: str
     checkpoint: Path | None  # to resume from
-    progress: dict  # what it says of the run
+    progress: dict | None  # what it says of the run
     other: Path | None  # the folder of the run to compare with
     step: int = 0  # to go on from
 
@@ -886,7 +886,7 @@ def choose_folder(s, command, process):
         remark = f" ({folder} {why})"
         number += 1
         folder = base.parent / f"{base.name or 'run'}-{number}"
-    checkpoint, progress, step = None, {}, 0
+    checkpoint, progress, step = None, None, 0
     if resumed:
         folder, found, why = resumed
         step = found["step"]
@@ -1077,7 +1077,7 @@ COLOURS = {"training": "#e8710a", "validation": "#2f80ed", "wording": "#16a07a",
            "choices": "#a352cc", "recall": "#d6336c"}
 STYLE = """<style>text { font: 13px sans-serif; fill: #555 } path { fill: none; stroke-width: 3 }
 .thin { stroke: #999; stroke-width: 1; opacity: 0.5 }
-path[stroke="#888"] { stroke-dasharray: 9 5 }
+path[stroke="#888"] { stroke-dasharray: 9 5 } path[stroke="#999"] { stroke-dasharray: 2 4 }
 @media (prefers-color-scheme: dark) { text { fill: #bbb } }</style>"""
 
 
@@ -1151,7 +1151,9 @@ def panel(top, title, curves, levels):
     lowest = top + 322
     for name in sorted(curves, key=last_value):  # from the bottom up
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in curves[name])
-        colour = COLOURS.get(name, "#888")  # levels and another run: grey, and by STYLE dashed
+        colour = COLOURS.get(name, "#888")  # another run's: grey, and by STYLE dashed
+        if name in levels:
+            colour = "#999"  # dotted
         lowest = min(y(last_value(name)) + 4, lowest - 16)  # the names do not touch one another
         shapes.append(f'<path stroke="{colour}" d="M{path}"/><text x="558" y="{lowest:.1f}" '
                       f'style="fill: {colour}">{name} {last_value(name):.4g}</text>')
