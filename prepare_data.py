@@ -29,7 +29,7 @@ import random
 import re
 import shlex
 import sys
-import warnings
+import textwrap
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +67,10 @@ from train_gpt2 import (  # before torch: it sets how threads wait
 
 # isort: split
 import torch
+
+# The libraries of the hub say what one line of ours says
+os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error",
+               "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -106,10 +110,10 @@ def one_line(what, advice=""):
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
         if is_network_error(error):
-            advice = ": the network failed; run the same command later"
-        raise UserError(f"{what} ({type(error).__name__}: {reason}){advice}") from None
+            reason = "the network failed; later, the same command goes on"
+        raise UserError(f"{what} ({textwrap.shorten(reason, 200)}){advice}") from None
 
 
 def make_folder(folder):
@@ -165,8 +169,7 @@ class Part:
 
 def at_hand(read, where):
     """The source of what read() yields, the pieces of a text on this machine. `where` is a number
-    of pieces: they are read again, which takes an eighth (.jsonl) to a thirtieth (.txt) of the time
-    of encoding them."""
+    of pieces: they are read again, which takes about a tenth of the time of encoding them."""
     return itertools.islice(enumerate(read()), where, None)
 
 
@@ -190,21 +193,29 @@ def open_file(path, mode, **how):
 
 
 def read_text(path, column):
-    """A UTF-8 file is one document, byte for byte."""
-    rest, begins = "", True
+    """A UTF-8 file is one document, byte for byte; or several, with lines of <|endoftext|> between
+    them."""
+    text, begins = "", True
     with open_file(path, "rt", encoding="utf-8", newline="") as file:
-        while more := read_characters(file, path):
-            text = rest + more
-            cut = safe_cut(text, 0, len(text))
-            yield text[:cut], begins
-            rest, begins = text[cut:], False
-    if rest:
-        yield rest, begins
+        while line := read_line(file, path):
+            if line.strip() == END_OF_TEXT:
+                if text:
+                    yield text.removesuffix("\n").removesuffix("\r"), begins
+                text, begins = "", True
+                continue
+            text += line
+            if len(text) > LONGEST:
+                cut = safe_cut(text, 0, len(text) - 2)  # not in a line break before a mark
+                yield text[:cut], begins
+                text, begins = text[cut:], False
+    if text:
+        yield text, begins
 
 
-def read_characters(file, path):
+def read_line(file, path):
+    """The next line of a text file, or the next LONGEST characters of a longer one."""
     try:
-        return file.read(LONGEST)
+        return file.readline(LONGEST)
     except UnicodeDecodeError as error:
         place = file.buffer.tell() - len(error.object) + error.start
         raise UserError(f"{path} is not UTF-8 text: {error.object[error.start]:#04x} at byte "
@@ -247,7 +258,7 @@ def read_hub(repository, column, where):
     """The source of a split of a data set on the hub, (its name, its configuration, the split).
     It is streamed. where: the state of the library's stream, and the row after that."""
     state, first = where or (None, 0)
-    with one_line(f"cannot read {repository[0]} from the hub"):
+    with one_line(f"cannot read {repository[0]} from the hub", OFFLINE):
         rows = open_hub(*repository).with_format("arrow")
         if state:
             rows.load_state_dict(state)
@@ -278,19 +289,17 @@ def text_of(value, place):
 
 # ---- Which source: the stories, files or the hub ----
 
+OFFLINE = "; a text on this machine needs no network: name its file"
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 HUB = {"fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
        "tinystories": ("roneneldan/TinyStories", None)}
 USUAL = {"shakespeare": "char", "tinystories": "char", "fineweb_edu": "gpt2"}  # tokenizers
 OURS = ["stories", *USUAL, "hellaswag"]
+HUB_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?")
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".jsonlines": read_lines,
            ".parquet": read_parquet}
 READERS |= dict.fromkeys([".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx"])
-
-
-def is_pattern(path):  # a file that exists is one file, even with brackets in its name
-    return glob.has_magic(path) and not os.path.exists(path)
 
 
 def unpacked(path):
@@ -311,43 +320,102 @@ def what_is(path):
     return "no such file"
 
 
-def find_files(dataset):
-    """The files that a path or pattern names; [] for a data set that is not files."""
-    if dataset in OURS or re.fullmatch(r"hf:[\w.-]+/[\w.-]+(:.+)?", dataset):
+def find_files(words):
+    """The files that paths and patterns name; [] for a data set that is not files."""
+    if words[0] in OURS or HUB_NAME.fullmatch(words[0]):
         return []
-    paths = [dataset]
-    if is_pattern(dataset):
-        paths = sorted(glob.glob(dataset, recursive=True)) or paths
+    paths = []
+    for word in words:
+        if os.path.exists(word):  # one file, even with brackets in its name
+            paths.append(word)
+        else:
+            paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"cannot read {path} ({what_is(path)}): name files, hf:OWNER/NAME, or "
-                            f"one of {', '.join(OURS)}")
+            raise UserError(f"cannot read {path} ({what_is(path)}): name files, hf:OWNER/NAME (a "
+                            "data set of the hub), model:OWNER/NAME (a GPT-2 there), or one of "
+                            f"{', '.join(OURS)}")
     readers = {*map(reader_of, paths)}
     if len(readers) > 1 or None in readers:
-        raise UserError(f"{dataset} must be files of one kind: .txt, .parquet, or .jsonl with an "
-                        "object per line (text also as .gz, .bz2, .xz)")
+        raise UserError(f"{' '.join(words)} must be files of one kind: .txt, .parquet, or .jsonl "
+                        "with an object per line (text also as .gz, .bz2, .xz)")
     return paths
 
 
 def checksum(path):
+    """A file's name and the sum of its bytes: another content, another sum."""
     value = 0
     with one_line(f"cannot read {path}"), open(path, "rb") as file:
         while data := file.read(PIECE):
             value = zlib.crc32(data, value)
-    return value
+    return f"{Path(path).name} {value:08x}"
 
 
-def open_source(s, paths):
-    """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
+def download(url):
+    import requests
+    with one_line(f"cannot download {url}", OFFLINE):
+        answer = requests.get(url, timeout=30)
+        answer.raise_for_status()
+        return answer.content.decode("utf-8")
+
+
+def open_hub(repository, config, split):
+    import datasets
+    return datasets.load_dataset(repository, config, split=split, streaming=True)
+
+
+def columns_of(path):
+    """What columns the first line of a .jsonl has."""
+    if reader_of(path) is not read_lines:
+        return ""
+    with open_file(path, "rb") as file:
+        row = json.loads(next(filter(bytes.strip, file), b"0").decode("utf-8-sig"))
+    return f"; its first line has {', '.join(row)}" if isinstance(row, dict) else ""
+
+
+def split_source(source, s, paths=(), enough=sys.maxsize):
+    """Cuts a source in two between documents, or inside a single one. All is read once, so bad
+    input shows early. But a stream that has more than `enough` characters is cut there: its first
+    documents are for validation, since its end is far."""
+    starts = array.array("q")
+    for place, _, begins in Part(source).pieces():
+        size = place.characters
+        if begins:
+            if size >= enough:
+                return {"train": Part(source, size), "val": Part(source, 0, size)}
+            starts.append(size)
+    if not starts:
+        raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}"
+                        f"{''.join(map(columns_of, paths[:1]))}")
+    if len(starts) > len(paths) > 0 and reader_of(paths[0]) is read_text:
+        print(f"lines of {END_OF_TEXT} cut the text into {len(starts):,} documents")
+    cut = int(size * (1 - s.val_fraction))
     if s.dataset == "stories":
-        return split_stories(s)
-    if s.dataset == "shakespeare":
-        read = partial(read_strings, [download(SHAKESPEARE_URL)])
-    elif paths:
-        read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
-    else:
-        return open_repository(s)
-    return split_source(partial(at_hand, read), s)
+        cut = starts[-max(1, round(len(starts) * s.val_fraction))]
+    elif len(starts) > 1:
+        cut = min(starts[1:], key=lambda start: abs(start - cut))
+    if min(cut, size - cut) < 4:
+        raise UserError(f"{s.dataset} is too short: a split has {min(cut, size - cut)} characters")
+    return {"train": Part(source, 0, cut), "val": Part(source, cut)}
+
+
+def open_repository(s):
+    """The parts of a data set on the hub: its own validation split, or the first documents, about
+    a shard at 4 characters per token."""
+    name, config = HUB.get(s.dataset) or HUB_NAME.fullmatch(s.dataset).groups()
+    with one_line(f"cannot read {s.dataset} from the hub", OFFLINE):
+        import datasets
+        splits = datasets.get_dataset_split_names(name, config)
+    first = "train" if "train" in splits else splits[0]
+    own = [split for split in splits if split.startswith("val") and split != first]
+    train = partial(read_hub, (name, config, first), s.text_column)
+    if own:
+        print(f"train is the split {first}, val the split {own[0]}")
+        val = partial(read_hub, (name, config, own[0]), s.text_column)
+        return {"train": Part(train), "val": Part(val)}
+    print(f"train and val are two parts of the split {first}")
+    tokens = min(s.shard_tokens, (s.max_tokens or sys.maxsize) * s.val_fraction)
+    return split_source(train, s, (), 4 * max(1, int(tokens)))
 
 
 def split_stories(s):
@@ -361,62 +429,17 @@ def split_stories(s):
     return {"train": Part(source, 0, cut), "val": Part(source, cut)}
 
 
-def split_source(source, s, enough=sys.maxsize):
-    """Cuts a source in two between documents, or inside a single one. All is read once, so bad
-    input shows early. But a stream that has more than `enough` characters is cut there: its first
-    documents are for validation, since its end is far."""
-    starts = array.array("q")
-    for place, _, begins in Part(source).pieces():
-        size = place.characters
-        if begins:
-            if size >= enough:
-                return {"train": Part(source, size), "val": Part(source, 0, size)}
-            starts.append(size)
-    if not starts:
-        raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}")
-    cut = int(size * (1 - s.val_fraction))
-    if len(starts) > 1:
-        cut = starts[max(1, len(starts) - max(1, round(len(starts) * s.val_fraction)))]
-    return {"train": Part(source, 0, cut), "val": Part(source, cut)}
-
-
-def open_repository(s):
-    """The parts of a data set on the hub: its own validation split, or the first documents, about
-    a shard at 4 characters per token."""
-    repository, _, config = s.dataset.removeprefix("hf:").partition(":")
-    name, config = HUB.get(s.dataset, (repository, config or None))
-    with one_line(f"cannot read {s.dataset} from the hub"):
-        names = quiet_datasets().get_dataset_split_names(name, config)
-    first = "train" if "train" in names else names[0]
-    train = partial(read_hub, (name, config, first), s.text_column)
-    if "validation" in names:
-        val = partial(read_hub, (name, config, "validation"), s.text_column)
-        return {"train": Part(train), "val": Part(val)}
-    tokens = s.shard_tokens
-    if s.max_tokens:
-        tokens = max(1, min(tokens, int(s.max_tokens * s.val_fraction)))
-    return split_source(train, s, 4 * tokens)
-
-
-def download(url):
-    import requests
-    with one_line(f"cannot download {url}"):
-        answer = requests.get(url, timeout=30)
-        answer.raise_for_status()
-        return answer.content.decode("utf-8")
-
-
-def quiet_datasets():
-    import datasets
-    import huggingface_hub
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity_error()
-    return datasets
-
-
-def open_hub(repository, config, split):
-    return quiet_datasets().load_dataset(repository, config, split=split, streaming=True)
+def open_source(s, paths):
+    """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
+    if s.dataset == "stories":
+        return split_stories(s)
+    if s.dataset == "shakespeare":
+        read = partial(read_strings, [download(SHAKESPEARE_URL)])
+    elif paths:
+        read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
+    else:
+        return open_repository(s)
+    return split_source(partial(at_hand, read), s, paths)
 
 
 def write_hellaswag(s):
@@ -610,8 +633,10 @@ def write_shard(path, tokens):
     """Writes a shard in llm.c's format, atomically. tokens: (n,) ids below 65,536."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
-    parts = header.data, np.asarray(tokens).astype("<u2").data
-    write_atomically(path, lambda file: file.writelines(parts))
+    ids = np.asarray(tokens).astype("<u2")
+    if not np.array_equal(ids, tokens):
+        raise UserError(f"{path} cannot hold ids of 65,536 or more: it has 16 bits for each")
+    write_atomically(path, lambda file: file.writelines([header.data, ids.data]))
 
 
 # ---- meta.json ----
@@ -663,7 +688,7 @@ def baselines(train, val, counts):
         if has_pairs:
             likely = pairs[first, second] + kinds[first] * unigram[second]
             nats["bigram"] -= np.log(likely / (follow[first] + kinds[first])).sum()
-    means = {name: float(total / targets) for name, total in nats.items()}
+    means = {name: float(total / max(1, targets)) for name, total in nats.items()}
     return {"uniform": math.log(len(counts))} | means
 
 
@@ -672,12 +697,7 @@ def describe(folder, name, tokenizer, splits):
     for split, paths in shard_paths(folder).items():
         shards[split] = [path for path in paths if path.stat().st_size > 1024]
         counts[split] = count_tokens(shards[split], tokenizer.vocab_size)
-        tokens = int(counts[split].sum())
-        if tokens < 4:
-            for path in [*folder.glob("*.bin"), folder / PROGRESS]:
-                path.unlink(missing_ok=True)  # a longer text may then use the folder
-            raise UserError(f"{name} is too short: its {split} split has {tokens} tokens")
-        meta[split] = {"tokens": tokens, "documents": splits[split]["documents"],
+        meta[split] = {"tokens": int(counts[split].sum()), "documents": splits[split]["documents"],
                        "bytes": int(counts[split] @ tokenizer.token_bytes())}
     meta["landmarks"] = baselines(shards["train"], shards["val"], counts["train"])
     return meta
@@ -706,18 +726,16 @@ def report(folder, meta):
 # ---- The pipeline: source -> tokenizer -> shards -> meta.json ----
 
 
-def name_of(s):
-    """The data set's name."""
-    path = s.dataset
-    if path.startswith("hf:"):
-        path = path.split(":")[1]
-    name = unpacked(path).stem
-    if is_pattern(path):
-        name = Path(path).parent.name or "texts"
+def name_of(words):
+    """A data set's name: that of a file without its ending, or of the folder of several."""
+    word = words[0]
+    name = unpacked(word).stem
+    if on_hub := HUB_NAME.fullmatch(word):
+        name = Path(on_hub[1]).stem
+    elif len(words) > 1 or glob.has_magic(word) and not os.path.exists(word):
+        name = Path(word).parent.name or "texts"
     name = re.sub(r"[^\w.-]", "_", name)
-    if name in OURS and s.dataset != name:
-        name += "_text"
-    return name
+    return f"{name}_text" if name in OURS and word != name else name
 
 
 def claim(folder, settings):
@@ -742,15 +760,15 @@ def claim(folder, settings):
 
 def prepare(s):
     """Text to shards. What an earlier, unfinished run has written is kept."""
-    paths, name = find_files(s.dataset), name_of(s)
+    words = [*map(os.path.expanduser, [s.dataset] if isinstance(s.dataset, str) else s.dataset)]
+    s.dataset = " ".join(words)
+    paths, name = find_files(words), name_of(words)
     kind, folder = USUAL.get(s.dataset, "bpe"), f"data/{name}"
     if s.tokenizer not in ("auto", kind):
         kind, folder = s.tokenizer, f"{folder}_{s.tokenizer}"
     folder = Path(s.out_dir or folder)
-    settings = asdict(s) | {"tokenizer": kind}
+    settings = asdict(s) | {"tokenizer": kind, "dataset": [*map(checksum, paths)] or s.dataset}
     del settings["out_dir"]
-    if paths:
-        settings["dataset"] = [f"{Path(path).name} {checksum(path):08x}" for path in paths]
     if kind in ("gpt2", "char"):
         del settings["vocab_size"]
     progress = claim(folder, settings)
@@ -768,9 +786,8 @@ def prepare(s):
     write_text(folder / PROGRESS, json.dumps(progress))
     for split, part in parts.items():
         # llm.c's numbers: a validation shard is 0, those for training are 1, 2, ...
-        number = 1 if split == "train" else 0
-        at = progress["splits"].setdefault(
-            split, {"number": number, "tokens": 0, "place": START, "used": 0})
+        new = {"number": 1 if split == "train" else 0, "tokens": 0, "place": START, "used": 0}
+        at = progress["splits"].setdefault(split, new)
         if at["place"]:
             for _ in write_split(s, f"{folder / name}_{split}", part, tokenizer, at):
                 # After the shard: if a kill comes between, it is written again
@@ -865,11 +882,10 @@ class Corpus:
     token to its neighbours, so that a merge can take one out without moving the rest."""
 
     def __init__(self, words):
-        pieces = [word.encode() for word in words]
-        row = b"\xff" + b"\xff".join(pieces) + b"\xff"
-        sizes = [len(piece) + 1 for piece in pieces]
+        row = b"\xff".join([b"", *(word.encode() for word in words), b""])
         self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
-        self.weight = np.repeat([0, *words.values()], [1, *sizes])  # how often its word occurs
+        number = np.cumsum(self.token == NO_TOKEN)  # of a place's word, from 1 on
+        self.weight = np.array([0, *words.values(), 0])[number]  # how often that occurs
         self.after = np.arange(1, len(row) + 1)
         self.before = self.after - 2
         self.places = {}  # of each pair: where its first token stands, or stood before a merge
@@ -880,18 +896,18 @@ class Corpus:
         return self.keep(pair_of(first[places], second[places]), places)
 
     def keep(self, pairs, places):
-        """Keeps the places of new pairs. Returns (pair, its count) of each distinct one."""
+        """Keeps the places of new pairs. Returns [(pair, its count)] of the distinct ones."""
+        if len(pairs) == 0:
+            return []
         order = np.argsort(pairs, kind="stable")
         pairs, places = pairs[order], places[order]
-        # Now equal pairs are side by side: the first begins at 0, the next where the pair changes
-        changes = np.flatnonzero(pairs[1:] != pairs[:-1]) + 1
-        begins = np.concatenate([[0], changes])[:len(pairs)]
-        counts = np.add.reduceat(self.weight[places], begins).tolist()
+        # Now equal pairs are side by side, and another begins wherever the pair changes
+        begins = [0, *(np.flatnonzero(pairs[1:] != pairs[:-1]) + 1).tolist()]
+        counts = np.add.reduceat(self.weight[places], begins)
         pairs = pairs[begins].tolist()
-        begins = begins.tolist()
-        for pair, begin, end in zip(pairs, begins, [*begins[1:], len(places)], strict=False):
+        for pair, begin, end in zip(pairs, begins, [*begins[1:], len(places)], strict=True):
             self.places[pair] = places[begin:end]
-        return zip(pairs, counts, strict=True)
+        return zip(pairs, counts.tolist(), strict=True)
 
     def recount(self, pair):
         """How often a pair occurs by now. From here on `places` has only those that are left."""
@@ -1080,97 +1096,119 @@ def entropy_floor(s, folder, tokenizer, val):
 
 # transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+ACTIVATIONS = {"relu": "relu"} | dict.fromkeys(  # all of these are GPT-2's GELU, by tanh
+    ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"], "gelu")
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-             add_cross_attention=False)
-GPT2_TOKENS = "e424375bafc3"
+             scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")
+GPT2_TOKENS = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"
 
 
-def weight_file():
-    found = importlib.util.find_spec("safetensors")
-    return "model.safetensors" if found else "pytorch_model.bin"
+def read_config(folder):
+    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
+    theirs = {"activation_function": "gelu_new"} | json.loads(
+        (folder / "config.json").read_bytes())
+    for key, value in FIXED.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"its {key} is {theirs[key]!r}, not GPT-2's {value!r}")
+    activation = theirs["activation_function"]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"its activation_function is {activation!r}, none of GPT-2's")
+    config = {key: theirs[key] for key in SHAPE}
+    config |= {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation]}
+    return config, {"rows": "documents"} if theirs.get("starts_documents") is True else {}
+
+
+def weight_names():
+    """What weights are called, first what is read first."""
+    names = ["model.safetensors", "pytorch_model.bin"]
+    return names if importlib.util.find_spec("safetensors") else names[::-1]
+
+
+def weight_files(folder):
+    """A folder's files of weights: a whole one, or its parts."""
+    for name in weight_names():
+        if (folder / name).exists():
+            return [folder / name]
+        if parts := sorted(folder.glob(name.replace(".", "-*."))):
+            return parts
+    raise ValueError(f"it has no {name}")
 
 
 def download_model(name):
+    """The folder of a GPT-2 of the hub. Another model is refused before its weights are loaded."""
     import huggingface_hub as hub
-    hub.logging.set_verbosity_error()
-    wanted = ["config.json", "vocab.json", "merges.txt", weight_file()]
-    with one_line(f"{name} cannot be downloaded", ": name a folder that holds it"):
-        return Path(hub.snapshot_download(f"openai-community/{name}", allow_patterns=wanted))
+    repository = name.removeprefix("model:")
+    if name in OPENAI_NAMES:
+        repository = f"openai-community/{name}"
+    get = partial(hub.snapshot_download, repository)
+    with one_line(f"{name} cannot be downloaded", "; offline, name a folder that holds it"):
+        folder = Path(get(allow_patterns=["config.json", "vocab.json", "merges.txt",
+                                          "tokenizer.json"]))
+        read_config(folder)
+        print(f"downloading {repository}", flush=True)
+        for pattern in [weights.replace(".", "*.") + "*" for weights in weight_names()]:
+            get(allow_patterns=[pattern])
+            if any(folder.glob(pattern)):
+                break
+    return folder
 
 
-def read_config(path):
-    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
-    theirs = json.loads(path.read_bytes())
-    wrong = [key for key, value in FIXED.items() if theirs.get(key, value) != value]
-    if wrong:
-        raise ValueError(f"it differs in {', '.join(wrong)}")
-    config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    config["activation"] = ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
-    config["block_size"] = theirs["n_positions"]
-    settings = {}
-    if theirs.get("starts_documents") is True:
-        settings["rows"] = "documents"
-    return config, settings
+def load_tensors(path):
+    """{name: tensor} of a file of weights."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, "cpu", weights_only=True)
+    with one_line(f"{path} cannot be read", ": pip install safetensors"):
+        from safetensors.torch import load_file
+    return load_file(path)
 
 
-def load_tensors(folder):
-    """{name: tensor} of all weights in a folder of transformers'."""
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths or weight_file() != "model.safetensors":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
-    from safetensors.torch import load_file
-    found = {}
-    for path in paths:
-        found |= load_file(path)
-    return found
-
-
-def read_weights(folder, model):
-    """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
-    tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever a
-    library raises, for anything else."""
+def read_folder(folder):
+    """(config, settings, {name: tensor}) of a folder of transformers'."""
+    config, settings = read_config(folder)
     weights = {}
-    for name, tensor in load_tensors(folder).items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        weights[f"transformer.{name.removeprefix('transformer.')}"] = tensor
+    for path in weight_files(folder):
+        for name, tensor in load_tensors(path).items():
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.t()
+            weights[name] = tensor
+    return config, settings, weights
+
+
+def read_nanogpt(path):
+    """The same of a checkpoint of nanoGPT's, which may have no biases: they are zeros."""
+    found = load_tensors(path)
+    if "model_args" not in found:
+        raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
+    config = {key: found["model_args"][key] for key in (*SHAPE, "block_size")}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**config))
+    weights = {name: torch.zeros_like(tensor, device="cpu")
+               for name, tensor in model.state_dict().items() if name.endswith(".bias")}
+    for name, tensor in found["model"].items():
+        weights[name.removeprefix("_orig_mod.")] = tensor
+    return config, {}, weights
+
+
+def fit(model, tensors):
+    """{name: float32 tensor}, named as our model's are. Before memory is taken for a tensor, a
+    model on the "meta" device has checked its shape. Raises ValueError, or whatever torch raises,
+    for anything else."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            weights[f"transformer.{name.removeprefix('transformer.')}"] = tensor
     embedding = weights["transformer.wte.weight"]
     head = weights.pop("transformer.lm_head.weight", embedding)
     model.load_state_dict(weights, assign=True)
     if not torch.equal(head, embedding):
+        # Here a config with tie_weights=False would keep it, as lm_head.weight
         raise ValueError("its output matrix is not its embedding")
-    for tensor in weights.values():
+    for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError("weights are not finite")
-    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
-
-
-def convert_weights(name, out_dir=""):
-    """Writes a GPT-2 as a checkpoint at step 0 and returns its path: out/openai-<name>/best.pt for
-    one of OpenAI's models, downloaded if it is not cached; out/<its name>/best.pt for a folder that
-    transformers wrote. Nothing in it is executed. Raises UserError for anything but a GPT-2."""
-    path = Path(out_dir, "best.pt") if out_dir else converted_path(name)
-    if path.exists():
-        print(f"{path} is there already")
-        return path
-    folder = Path(name) if os.path.isdir(name) else download_model(name)
-    with one_line(f"{folder} holds no GPT-2 that can be converted"):
-        config, settings = read_config(folder / "config.json")
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**config))
-        weights = read_weights(folder, model)
-    checkpoint = make_checkpoint(model, settings=settings) | {
-        "model": weights, "tokenizer": read_tokenizer(folder, config["vocab_size"])}
-    make_folder(path.parent)
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-    print(f"written to {path}; now: python sample.py {shlex.quote(f'--checkpoint={path}')}")
-    return path
+        weights[name] = tensor.float().contiguous()
+    return weights
 
 
 def read_vocabulary(folder):
@@ -1184,29 +1222,91 @@ def read_vocabulary(folder):
     cuts = words["type"], words["add_prefix_space"], words.get("use_regex", True)
     if whole["normalizer"] or cuts != ("ByteLevel", False, True):
         raise ValueError("it cuts texts elsewhere")
-    return whole["model"]["vocab"], map("".join, whole["model"]["merges"])
+    added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    return whole["model"]["vocab"] | added, map("".join, whole["model"]["merges"])
 
 
 def read_tokenizer(folder, vocab_size):
-    """The spec of the tokenizer in a folder: a byte-level BPE whose ids are in the order of its
-    merges, <|endoftext|> last. {} if there is none, or one of another kind or size."""
+    """The spec of a model's tokenizer: a byte-level BPE whose ids are in the order of its merges,
+    and then <|endoftext|>. {} if there is none, or another one: then it says so."""
     if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
-        return {"kind": "gpt2"} if vocab_size == 50257 else {}
-    # Printable bytes stand for themselves, characters from number 256 on for the others
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    byte_of = dict(zip(map(chr, [*shown, *range(256, 324)]), [*shown, *hidden], strict=True))
-    with contextlib.suppress(Exception):  # a damaged tokenizer is none
+        # GPT-2's tokens, perhaps with rows behind them that make their number a multiple of 128
+        return {"kind": "gpt2"} if 50257 <= vocab_size <= 50304 else {}
+    # GPT-2 writes the bytes of printable characters as these, and the others from number 256 on
+    hidden = dict(enumerate([*range(33), *range(127, 161), 173], 256))
+    try:
         vocabulary, merges = read_vocabulary(folder)
         names = sorted(vocabulary, key=vocabulary.get)[:256]
         names += [merge.replace(" ", "") for merge in merges]
-        tokens = [bytes(byte_of[character] for character in name) for name in names]
-        ids = [vocabulary[name] for name in [*names, END_OF_TEXT]]
-        if ids == [*range(vocab_size)] and len(vocabulary) == vocab_size:
-            if hashlib.sha256(b"\n".join(tokens)).hexdigest().startswith(GPT2_TOKENS):
-                return {"kind": "gpt2"}
-            return Tokenizer({"kind": "bpe", "ranks": as_text(tokens)}).spec
-    return {}
+        ids = [vocabulary.get(name) for name in [*names, END_OF_TEXT]]
+        if ids != [*range(len(ids))] or len(ids) > vocab_size:
+            raise ValueError(f"its ids are not those of bytes, merges and then {END_OF_TEXT}")
+        ranks = [name.translate(hidden) for name in names]
+        if hashlib.sha256("\n".join(ranks).encode("latin-1")).hexdigest() == GPT2_TOKENS:
+            return {"kind": "gpt2"}
+        return Tokenizer({"kind": "bpe", "ranks": ranks}).spec
+    except Exception as error:
+        print(f"its tokenizer is none of ours: {error!r:.150}")
+        return {}
+
+
+def cut_rows(model, weights, size):
+    """Leaves the model the rows of its tokenizer's ids, where a vocabulary was padded."""
+    rows = weights["transformer.wte.weight"]
+    if len(rows) > size:
+        print(f"{len(rows) - size:,} rows behind the tokenizer's last id are cut off")
+    weights["transformer.wte.weight"] = rows[:size].clone()
+    model.config.vocab_size = size
+
+
+def check_source(path, source):
+    """A checkpoint is not taken for that of another model."""
+    there = source
+    with contextlib.suppress(Exception):  # one that cannot be read says nothing
+        there = torch.load(path, "cpu", weights_only=True, mmap=True).get("source")
+    if there != source:
+        raise UserError(f"{path} holds another model ({there}){CHOOSE}")
+    print(f"{path} is there already")
+
+
+def is_model(name):
+    """Whether a name is that of a GPT-2 to convert."""
+    return (name in OPENAI_NAMES or name.startswith("model:") or name.endswith(".pt")
+            or os.path.isfile(os.path.join(name, "config.json")))
+
+
+def convert_weights(name, out_dir=""):
+    """Writes a GPT-2 as a checkpoint at step 0 and returns its path: out/openai-<name>/best.pt for
+    one of OpenAI's models, and out/<its name>/best.pt for model:OWNER/NAME of the hub, a folder
+    that transformers wrote, or a checkpoint of nanoGPT's. Nothing in it is executed. Raises
+    UserError for anything but a GPT-2."""
+    path = Path(out_dir, "best.pt") if out_dir else converted_path(name.removesuffix(".pt"))
+    place, source = Path(name).expanduser(), name
+    with one_line(f"{name} holds no GPT-2 that can be converted"):
+        if name.endswith(".pt"):
+            source = checksum(place)
+        elif (place / "config.json").is_file():
+            source = " ".join(map(checksum, [place / "config.json", *weight_files(place)]))
+        if path.exists():
+            check_source(path, source)
+            return path
+        if source == name:
+            place = download_model(name)
+        config, settings, tensors = (read_folder if place.is_dir() else read_nanogpt)(place)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**config))
+        weights = fit(model, tensors)
+    tokenizer = read_tokenizer(place, config["vocab_size"])
+    command = "without a tokenizer"
+    if tokenizer:
+        cut_rows(model, weights, len(tokenizer.get("ranks", range(50256))) + 1)
+        command = "now: " + shlex.join(["python", "sample.py", f"--checkpoint={path}"])
+    checkpoint = make_checkpoint(model, settings=settings) | {
+        "model": weights, "tokenizer": tokenizer, "source": source}
+    make_folder(path.parent)
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    print(f"written to {path}; {command}")
+    return path
 
 
 # ---- The command line ----
@@ -1219,7 +1319,7 @@ def main(argv=None):
                  val_fraction=(1e-9, 0.999))
     if s.tokenizer not in ("gpt2", "char"):
         check_ranges(s, vocab_size=(257, 65_536))
-    if s.dataset in OPENAI_NAMES or os.path.isfile(os.path.join(s.dataset, "config.json")):
+    if isinstance(s.dataset, str) and is_model(s.dataset):
         convert_weights(s.dataset, s.out_dir)
     elif s.dataset == "hellaswag":
         write_hellaswag(s)
@@ -1233,7 +1333,10 @@ if __name__ == "__main__":
         status = main()
     except SystemExit as stop:
         status = stop.code
-    # Not sys.exit: pyarrow can abort at the interpreter's end (apache/arrow#45214)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status or 0)
+    # pyarrow can abort at the interpreter's end (apache/arrow#45214), so a process that was started
+    # for this script ends here. A notebook's, in which it is run, does not
+    if Path(__file__).name in [Path(word).name for word in sys.orig_argv]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)

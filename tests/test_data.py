@@ -83,6 +83,13 @@ def texts_in(folder, split):
     return [document.decode(errors="replace") for document in documents]
 
 
+def cut_of(documents):
+    """How many of these documents come before the last tenth of their text."""
+    sizes = [len(document) for document in documents]
+    aims = [abs(sum(sizes[:i]) - 0.9 * sum(sizes)) for i in range(1, len(sizes))]
+    return 1 + aims.index(min(aims))
+
+
 def bytes_between(tokenizer, ids):
     """The bytes before, between and after the marks of a split's documents."""
     found = [b""]
@@ -104,17 +111,27 @@ def prepare(dataset, out, *argv):
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_each_split_has_its_documents_in_order(kind, tmp_path):
     documents = documents_of(600)
+    cut = cut_of(documents)
     argv = [source("jsonl", tmp_path, documents), tmp_path / "out", f"--tokenizer={kind}",
             "--text_column=story", "--shard_tokens=1000"]
     *found, _ = prepare(*argv)
     meta = train_gpt2.open_data(tmp_path / "out").meta
-    for split, texts, there in zip(("train", "val"), (documents[:540], documents[540:]), found,
+    for split, texts, there in zip(("train", "val"), (documents[:cut], documents[cut:]), found,
                                    strict=True):
         assert there == (texts if kind == "bpe" else ["\n\n".join(texts)])
         assert meta[split]["documents"] == len(texts)
         assert meta[split]["tokens"] == len(split_ids(tmp_path / "out", split))
         assert meta[split]["bytes"] == sum(len(text.encode()) for text in there)
     assert "complete already" in prepare(*argv)[2]
+
+
+def test_validation_is_the_last_tenth_of_the_text(tmp_path):
+    """Not of the documents, of which the last may be long."""
+    documents = [word * 20 for word in "a b c d".split()] + ["long " * 200, "e " * 90, "f " * 20]
+    train, val, _ = prepare(source("jsonl", tmp_path, documents), tmp_path / "out",
+                            "--text_column=story")
+    assert train == documents[:5]
+    assert val == documents[5:]
 
 
 # ---- Cut off ----
@@ -264,6 +281,32 @@ def test_named_data_sets_of_the_hub(tmp_path):
     assert not (tmp_path / "data" / "others").exists()
 
 
+@pytest.mark.parametrize("splits", [["validation"], ["validation", "test"]])
+def test_a_data_set_without_a_training_split(splits, tmp_path):
+    """The first of its splits is cut in two, and the output says so."""
+    documents = documents_of(200)
+    files = repository(**{split: {"text": documents} for split in splits})
+    with hub.serve(datasets={"me/tales": files}) as (address, _):
+        done = hub.run(address, tmp_path, "hf:me/tales", "--vocab_size=300")
+    assert "train and val are two parts of the split validation\n" in done.stdout, done
+    out = tmp_path / "data" / "tales"
+    assert texts_in(out, "train") + texts_in(out, "val") == documents
+
+
+def test_without_a_network(tmp_path):
+    """One whole line, with a way that needs none."""
+    for dataset, way in {"hf:me/others": "name its file", "shakespeare": "name its file",
+                         "gpt2": "name a folder that holds it"}.items():
+        done = hub.run(None, tmp_path, dataset, code="""if True:
+            import requests, sys, prepare_data
+            def unreachable(*_, **__):
+                raise requests.ConnectionError("Max retries exceeded. " * 99)
+            requests.get = unreachable
+            prepare_data.main(sys.argv[1:])""")
+        hub.is_one_line(done, "(the network failed; ")
+        assert done.stderr.endswith(f"{way}\n")
+
+
 def test_shakespeare(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = "To be, or not to be. " * 99
@@ -295,7 +338,9 @@ cut.parquet | cannot read
 cut.txt.gz | cannot read
 latin.txt | 0xf6 at byte 7
 --out_dir=full | something else
-hellaswag --out_dir=mine | leave out"""
+hellaswag --out_dir=mine | leave out
+other.jsonl | its first line has n, story
+distilgpt2 | model:OWNER/NAME (a GPT-2 there)"""
 
 
 @pytest.fixture
@@ -309,6 +354,7 @@ def faulty(tmp_path, monkeypatch):
         "tales.parquet": rows, "cut.parquet": rows[:-100], "z.zst": b"", "empty.jsonl": b"",
         "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
         "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
+        "other.jsonl": lines_of([{"n": 1, "story": "a tale"}]),
         "lists.jsonl": lines_of({"story": [text]} for text in texts), "a.csv": b"text\na tale\n",
         "cut.txt.gz": gzip.compress(b"a tale " * 99)[:-9],
         "latin.txt": "Ein schöner Tag. ".encode("latin-1") * 100, "full/diary.txt": b"mine"}
@@ -338,6 +384,39 @@ def test_a_text_that_changes(tmp_path, capsys, monkeypatch):
     text.write_text("other words")
     assert "from another text" in fails(prepare_data.main, argv, capsys)
     assert contents(tmp_path / "out") == before
+
+
+@posix
+def test_more_shards_than_files_may_be_open(tmp_path):
+    import resource
+    (tmp_path / "tales.txt").write_text("a tale of a king and a cat\n" * 400)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        prepare_data.main([str(tmp_path / "tales.txt"), "--shard_tokens=50", "--tokenizer=char",
+                           f"--out_dir={tmp_path / 'out'}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len([*(tmp_path / "out").glob("*.bin")]) > 200
+
+
+def test_ids_that_do_not_fit_into_a_shard(tmp_path):
+    for ids in ([1, 65_536], np.array([-1, 2])):
+        with pytest.raises(train_gpt2.UserError, match="65,536 or more"):
+            prepare_data.write_shard(tmp_path / "a.bin", ids)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_in_a_notebook(tmp_path):
+    """%run, which runs a script in the kernel's process, does not end it."""
+    (tmp_path / "a.txt").write_text("a tale " * 99)
+    done = hub.run(None, tmp_path, "a.txt", code=f"""if True:
+        import runpy
+        try:
+            runpy.run_path({str(ROOT / "prepare_data.py")!r}, run_name="__main__")
+        except SystemExit as stop:
+            print("the kernel is alive:", stop.code)""")
+    assert "the kernel is alive: 0\n" in done.stdout, done
 
 
 def test_baselines_are_those_of_a_plain_count(tmp_path):

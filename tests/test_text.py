@@ -1,11 +1,12 @@
 """Text as people really have it is read, or refused in one line."""
 import collections
 import random
+import shlex
 
 import pytest
 import regex
 from conftest import fails
-from test_data import documents_of, lines_of, parquet_of, prepare, text_lines
+from test_data import cut_of, documents_of, lines_of, parquet_of, prepare, text_lines
 
 import prepare_data
 import train_gpt2
@@ -36,8 +37,8 @@ def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
         data, unit = parquet_of(text=texts), "rows"
     (tmp_path / f"a.{kind}").write_bytes(data)
     train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
-    assert train == TEXTS[:54]
-    assert val == TEXTS[54:]
+    assert train == TEXTS[:cut_of(TEXTS)]
+    assert train + val == TEXTS
     assert f'10 {unit} without "text" skipped\n' in output
 
 
@@ -50,6 +51,32 @@ def test_a_bad_line_is_named(bad, tmp_path, capsys):
     assert "a.jsonl, line 3, is not JSON in UTF-8" in line
     assert "network" not in line
     assert not out.exists()
+
+
+def test_marks_of_an_end_cut_a_text(tmp_path):
+    """Lines of <|endoftext|>, as TinyStories has them. Inside of a line it is a part of a text."""
+    texts = ["A cat.\n\nIt sat. " * 9, "A dog\r\nran. <|endoftext|> " * 9, "x" * 150_000,
+             "The end. "]
+    marked = "\n<|endoftext|>\r\n".join(texts) + "\n<|endoftext|>\n<|endoftext|>\n"
+    (tmp_path / "a.txt").write_bytes(marked.encode())
+    train, val, output = prepare(tmp_path / "a.txt", tmp_path / "out")
+    assert train + val == texts
+    assert "lines of <|endoftext|> cut the text into 4 documents\n" in output
+
+
+def test_several_files(tmp_path, monkeypatch, capsys):
+    """As a shell expands *.txt; ~ is the home folder. Their command works when pasted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name, text in zip(("a.txt", "b [1].txt"), TEXTS, strict=False):
+        (tmp_path / name).write_bytes(text.encode())
+    files = ["~/a.txt", "b [1].txt"]
+    prepare_data.prepare(prepare_data.Settings(dataset=files, vocab_size=300, out_dir="my data"))
+    command = capsys.readouterr().out.split("now: ")[1]
+    assert "--data_dir=my data" in shlex.split(command)
+    train, val, _ = prepare("~/[ab]*.txt", "my data")
+    assert train + val == TEXTS[:2]
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,

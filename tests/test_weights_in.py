@@ -3,6 +3,7 @@ folder is refused in one line."""
 import json
 import math
 import socket
+import sys
 
 import hub
 import pytest
@@ -11,7 +12,7 @@ from conftest import ROOT, Bomb, agree, contents, fails, random_model
 
 import prepare_data
 import sample
-from train_gpt2 import GPT, Tokenizer
+from train_gpt2 import GPT, Tokenizer, UserError
 
 transformers = pytest.importorskip("transformers")
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
@@ -59,6 +60,82 @@ def test_their_models_open_here(size, form, tmp_path):
     assert checkpoint["best_val_loss"] == math.inf
     assert checkpoint["tokenizer"] == {}
     assert checkpoint["settings"] == {}
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"])
+def test_activations_that_are_gpt2s(name, tmp_path):
+    theirs = theirs_of(**SMALL, activation_function=name)
+    theirs.save_pretrained(tmp_path)
+    agree(GPT.from_checkpoint(convert(tmp_path)), theirs)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    """Shards of pytorch_model.bin are read, and the package is named where only its files are."""
+    theirs = theirs_of(**SMALL)
+    theirs.save_pretrained(tmp_path)
+    for module in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, module, None)  # so an import fails
+    with pytest.raises(UserError, match="pip install safetensors"):
+        convert(tmp_path)
+    names, shards = [*theirs.state_dict()], [{}, {}]
+    for i, name in enumerate(names):
+        shards[i % 2][name] = theirs.state_dict()[name]
+    for i, shard in enumerate(shards):
+        torch.save(shard, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    agree(GPT.from_checkpoint(convert(tmp_path)), theirs)
+
+
+def nanogpt_of(theirs, vocab_size, bias):
+    """The same model as a checkpoint of nanoGPT's, its vocabulary padded."""
+    state = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24).tril()}
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith(prepare_data.TRANSPOSED):
+            tensor = tensor.t()
+        if name.endswith(("wte.weight", "lm_head.weight")):
+            tensor = torch.cat([tensor, torch.zeros(vocab_size - len(tensor), tensor.shape[1])])
+        if bias or not name.endswith(".bias"):
+            state[f"_orig_mod.{name}"] = tensor
+    shape = dict(n_layer=2, n_head=3, n_embd=48, block_size=24, bias=bias, dropout=0.0)
+    return {"model": state, "model_args": shape | {"vocab_size": vocab_size}, "iter_num": 5,
+            "best_val_loss": torch.tensor(2.0), "config": {"dataset": "openwebtext"}}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt(bias, tmp_path, monkeypatch, capsys):
+    """Biases that are missing are zeros; rows behind GPT-2's ids are cut off."""
+    monkeypatch.chdir(tmp_path)
+    theirs = theirs_of(50257, **LARGER)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(".bias") and not bias:
+            parameter.data.zero_()
+    torch.save(nanogpt_of(theirs, 50304, bias), "ckpt.pt")
+    assert prepare_data.main(["ckpt.pt"]) == 0
+    assert "47 rows behind the tokenizer's last id are cut off" in capsys.readouterr().out
+    agree(GPT.from_checkpoint("out/ckpt/best.pt"), theirs)
+    assert torch.load("out/ckpt/best.pt", weights_only=True)["tokenizer"] == {"kind": "gpt2"}
+
+
+def test_other_checkpoints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for value, message in (({"model": {}}, "no checkpoint of nanoGPT's"), (Bomb(), "ckpt.pt")):
+        torch.save(value, "ckpt.pt")
+        assert message in fails(prepare_data.main, ["ckpt.pt"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_checkpoint_is_not_taken_for_another_models(tmp_path, monkeypatch, capsys):
+    """Every run of transformers' Trainer has a folder of this name; and it may train on."""
+    monkeypatch.chdir(tmp_path)
+    theirs = theirs_of(**SMALL)
+    for folder in ("a", "b"):
+        theirs.transformer.wpe.weight.data.add_(1)
+        theirs.save_pretrained(f"{folder}/checkpoint-5")
+    for _ in range(2):
+        assert prepare_data.main(["a/checkpoint-5"]) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert "another --out_dir" in fails(prepare_data.main, ["b/checkpoint-5"], capsys)
+    theirs.save_pretrained("a/checkpoint-5")
+    assert "another --out_dir" in fails(prepare_data.main, ["a/checkpoint-5"], capsys)
 
 
 # ---- Tokenizers ----
@@ -130,12 +207,45 @@ def test_a_tokenizer_that_reads_otherwise_is_none_of_ours(name, trained, tokeniz
     assert prepare_data.read_tokenizer(tmp_path, Tokenizer(trained).vocab_size) == {}
 
 
+@pytest.mark.parametrize("added", [[], ["<pad>"]])
+def test_rows_behind_the_tokenizers_last_id(added, trained, tmp_path, capsys):
+    """They are cut off, whether they only make the vocabulary round or have tokens."""
+    write_tokenizer(trained, tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    theirs.resize_token_embeddings(408)
+    theirs.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(added)
+    tokenizer.save_pretrained(tmp_path)
+    ours = GPT.from_checkpoint(convert(tmp_path))
+    assert "8 rows behind the tokenizer's last id are cut off" in capsys.readouterr().out
+    assert ours.tokenizer.spec == trained
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        difference = ours(idx)[0] - theirs(idx).logits[..., :400]
+    assert difference.abs().max() < 1e-4
+
+
+def test_special_tokens_before_the_others(trained, tmp_path, capsys):
+    """The model is converted, no command that fails is recommended, and a line says why."""
+    write_tokenizer(trained, tmp_path)
+    for path in tmp_path.glob("tokenizer*.json"):
+        path.unlink()
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    moved = {name: (i + 1) % 400 for name, i in vocabulary.items()}  # <|endoftext|> is 0
+    (tmp_path / "vocab.json").write_text(json.dumps(moved))
+    assert torch.load(convert(tmp_path), weights_only=True)["tokenizer"] == {}
+    output = capsys.readouterr().out
+    assert "its tokenizer is none of ours" in output
+    assert "sample.py" not in output
+
+
 def test_gpt2s_tokenizer_is_recognised(gpt2_vocabulary, tmp_path):
     """By its tokens, or by its size where no tokenizer was saved."""
     write_tokenizer(gpt2_vocabulary.spec, tmp_path)
     assert prepare_data.read_tokenizer(tmp_path, 50257) == {"kind": "gpt2"}
-    (tmp_path / "vocab.json").unlink()
-    assert prepare_data.read_tokenizer(tmp_path, 50257) == {"kind": "gpt2"}
+    for size in (50257, 50304):
+        assert prepare_data.read_tokenizer(tmp_path / "nowhere", size) == {"kind": "gpt2"}
 
 
 # ---- The hub ----
@@ -167,6 +277,25 @@ def test_gpt2_from_the_hub(tmp_path):
     best.write_bytes(b"kept")
     assert "is there already" in hub.run(None, tmp_path, "gpt2").stdout
     assert best.read_bytes() == b"kept"
+
+
+def test_other_models_of_the_hub(tmp_path):
+    """Any GPT-2; another architecture is refused by its name, before its weights come."""
+    theirs, served = theirs_of(**LARGER), tmp_path / "served"
+    theirs.save_pretrained(served, max_shard_size="100KB")
+    llama = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"never asked for"}
+    models = {"me/tales-gpt2": files_in(served), "me/llama": llama}
+    with hub.serve(models=models) as (address, _):
+        done = hub.run(address, tmp_path, "model:me/tales-gpt2")
+        hub.is_one_line(hub.run(address, tmp_path, "model:me/llama"), "'llama'")
+    assert done.returncode == 0, done
+    agree(GPT.from_checkpoint(tmp_path / "out" / "tales-gpt2" / "best.pt"), theirs)
+    assert not [*(tmp_path / "hf").rglob("models--me--llama/**/*.safetensors")]
+
+
+def test_a_folder_counts_with_its_config_only(tmp_path):
+    (tmp_path / "gpt2").mkdir()
+    hub.is_one_line(hub.run(None, tmp_path, "gpt2"), "gpt2 cannot be downloaded")
 
 
 # ---- Harm ----
