@@ -55,6 +55,7 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     Tokenizer,
     UserError,
     check_ranges,
+    check_shape,
     converted_path,
     make_checkpoint,
     parse_settings,
@@ -1115,8 +1116,18 @@ def read_config(folder):
     if activation not in ACTIVATIONS:
         raise ValueError(f"its activation_function is {activation!r}, none of GPT-2's")
     config = {key: theirs[key] for key in SHAPE}
-    config |= {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation]}
+    config |= {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation],
+               "tie_weights": theirs.get("tie_word_embeddings", True)}
     return config, {"rows": "documents"} if theirs.get("starts_documents") is True else {}
+
+
+def shape_of(config):
+    """A model without memory for its weights. Raises UserError for an impossible one."""
+    config = GPTConfig(**config)
+    check_ranges(config, vocab_size=(1, 2**24))
+    check_shape(config)
+    with torch.device("meta"):
+        return GPT(config)
 
 
 def weight_names():
@@ -1181,10 +1192,8 @@ def read_nanogpt(path):
     if "model_args" not in found:
         raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
     config = {key: found["model_args"][key] for key in (*SHAPE, "block_size")}
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**config))
     weights = {name: torch.zeros_like(tensor, device="cpu")
-               for name, tensor in model.state_dict().items() if name.endswith(".bias")}
+               for name, tensor in shape_of(config).state_dict().items() if name.endswith(".bias")}
     for name, tensor in found["model"].items():
         weights[name.removeprefix("_orig_mod.")] = tensor
     return config, {}, weights
@@ -1196,14 +1205,16 @@ def fit(model, tensors):
     for anything else."""
     weights = {}
     for name, tensor in tensors.items():
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
-            weights[f"transformer.{name.removeprefix('transformer.')}"] = tensor
-    embedding = weights["transformer.wte.weight"]
-    head = weights.pop("transformer.lm_head.weight", embedding)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            continue
+        if name != "lm_head.weight":
+            name = f"transformer.{name.removeprefix('transformer.')}"
+        weights[name] = tensor
+    if model.config.tie_weights:
+        embedding = weights["transformer.wte.weight"]
+        if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
+            raise ValueError("its output matrix is not its embedding, though they should be tied")
     model.load_state_dict(weights, assign=True)
-    if not torch.equal(head, embedding):
-        # Here a config with tie_weights=False would keep it, as lm_head.weight
-        raise ValueError("its output matrix is not its embedding")
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError("weights are not finite")
@@ -1252,10 +1263,11 @@ def read_tokenizer(folder, vocab_size):
 
 def cut_rows(model, weights, size):
     """Leaves the model the rows of its tokenizer's ids, where a vocabulary was padded."""
-    rows = weights["transformer.wte.weight"]
-    if len(rows) > size:
-        print(f"{len(rows) - size:,} rows behind the tokenizer's last id are cut off")
-    weights["transformer.wte.weight"] = rows[:size].clone()
+    behind = model.config.vocab_size - size
+    if behind > 0:
+        print(f"{behind:,} rows behind the tokenizer's last id are cut off")
+    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][:size].clone()
     model.config.vocab_size = size
 
 
@@ -1293,8 +1305,7 @@ def convert_weights(name, out_dir=""):
         if source == name:
             place = download_model(name)
         config, settings, tensors = (read_folder if place.is_dir() else read_nanogpt)(place)
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**config))
+        model = shape_of(config)
         weights = fit(model, tensors)
     tokenizer = read_tokenizer(place, config["vocab_size"])
     command = "without a tokenizer"

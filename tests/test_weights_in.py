@@ -12,6 +12,7 @@ from conftest import ROOT, Bomb, agree, contents, fails, random_model
 
 import prepare_data
 import sample
+import train_gpt2
 from train_gpt2 import GPT, Tokenizer, UserError
 
 transformers = pytest.importorskip("transformers")
@@ -353,3 +354,24 @@ def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
     before = contents(tmp_path)
     fails(prepare_data.main, ["."], capsys)
     assert contents(tmp_path) == before  # nothing exploded
+
+
+def test_a_head_of_its_own(tmp_path, capsys):
+    """An untied folder of transformers' converts with equal logits, and is fine-tuned."""
+    config = transformers.GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2,
+                                     tie_word_embeddings=False)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = prepare_data.convert_weights(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    ours = GPT.from_checkpoint(path)
+    assert not ours.config.tie_weights
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    agree(ours, theirs)
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 200, encoding="utf-8")
+    prepare_data.main([str(tmp_path / "text.txt"), "--vocab_size=257",
+                       f"--out_dir={tmp_path / 'data'}"])
+    tune = ["--preset=finetune", f"--init_from={path}", f"--data_dir={tmp_path / 'data'}",
+            f"--out_dir={tmp_path / 'run'}", "--max_steps=3", "--learning_rate=1e-3"]
+    assert train_gpt2.main(tune) == 0
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert not torch.equal(saved["model"]["lm_head.weight"], theirs.lm_head.weight)
