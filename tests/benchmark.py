@@ -82,7 +82,8 @@ def nanogpt(folder, device, rows, **shape):
     from model import GPT, GPTConfig
     dtype = "float32" if device.type == "cpu" else "auto"
     process = train_gpt2.Process(train_gpt2.Settings(device=str(device), dtype=dtype))
-    model = GPT(GPTConfig(**dict(vocab_size=50304, bias=False, dropout=0.0) | shape)).to(device)
+    shape = dict(vocab_size=50304, bias=False, dropout=0.0) | shape
+    model = GPT(GPTConfig(**shape)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     return training(process, model, optimizer, rows, shape["block_size"])
 
@@ -112,15 +113,16 @@ def beside_a_busy_core(function):
 def sampling(process, dtype, texts, new_tokens=128):
     """Tokens per second of GPT-2 124M behind 16 tokens, and of transformers' GPT-2."""
     idx = torch.randint(50257, (texts, 16), device=process.device)
+    count = texts * new_tokens
     model = train_gpt2.GPT(train_gpt2.GPTConfig()).eval().to(process.device, dtype)
-    count, theirs = texts * new_tokens, None
-    if importlib.util.find_spec("transformers"):
-        from transformers import GPT2Config, GPT2LMHeadModel
-        peer = GPT2LMHeadModel(GPT2Config()).eval().to(process.device, dtype)
-        options = dict(attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
-                       min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
-        theirs = speed(process, count, lambda: peer.generate(idx, **options))
-    return speed(process, count, lambda: model.generate(idx, new_tokens)), theirs
+    us = speed(process, count, lambda: model.generate(idx, new_tokens))
+    if not importlib.util.find_spec("transformers"):
+        return us, None
+    from transformers import GPT2Config, GPT2LMHeadModel
+    peer = GPT2LMHeadModel(GPT2Config()).eval().to(process.device, dtype)
+    options = dict(attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
+                   min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+    return us, speed(process, count, lambda: peer.generate(idx, **options))
 
 
 def preparing(process, text):
@@ -143,32 +145,40 @@ def preparing(process, text):
 # ---- The table ----
 
 
+def peer_recipe(folder):
+    """The words of the command that nanoGPT's README gives for a CPU."""
+    readme = Path(folder, "README.md").read_text(encoding="utf-8")
+    return re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
+
+
 def table(s, process):
     """(name, a function that returns a measurement of us and one of a peer, or None)"""
-    rows, T = (32, 1024) if process.device.type == "cuda" else (4, 256)
-    gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=T)
-    chars = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
-    out, peer, recipe = tempfile.mkdtemp(), lambda *_, **__: None, None
-    ours_at, *rest = str(ROOT / "train_gpt2.py"), f"--device={process.device}", "--overwrite"
-    run = script(ours_at, *rest, f"--out_dir={out}/stories")
-    shakespeare = script(ours_at, *rest, f"--out_dir={out}/plays", "--preset=shakespeare_cpu")
-    if s.nanogpt:
-        peer = partial(nanogpt, s.nanogpt, process.device)
-        readme = Path(s.nanogpt, "README.md").read_text(encoding="utf-8")
-        recipe = re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
-        recipe = script(*recipe, f"--out_dir={out}/nanogpt", folder=s.nanogpt)
+    out = tempfile.mkdtemp()
+    argv = [str(ROOT / "train_gpt2.py"), f"--device={process.device}", "--overwrite"]
+    run = script(*argv, f"--out_dir={out}/stories")
     yield "default run, seconds; beside a busy core", lambda: (run, beside_a_busy_core(run))
-    yield f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT", lambda: (
-        ours(process, rows, **gpt2), peer(rows, **gpt2))
-    yield "shakespeare_cpu, seconds; nanoGPT", lambda: (shakespeare, recipe)
-    yield "shakespeare_char, 64 x 256, tokens/s; nanoGPT", lambda: (
-        ours(process, 64, **chars), peer(64, **chars))
+
+    def both(rows, **shape):
+        peer = nanogpt(s.nanogpt, process.device, rows, **shape) if s.nanogpt else None
+        return ours(process, rows, **shape), peer
+    rows, T = (32, 1024) if process.device.type == "cuda" else (4, 256)
+    yield f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT", partial(
+        both, rows, n_layer=12, n_head=12, n_embd=768, block_size=T)
+    plays, recipe = script(*argv, f"--out_dir={out}/plays", "--preset=shakespeare_cpu"), None
+    if s.nanogpt:
+        words = peer_recipe(s.nanogpt)
+        recipe = script(*words, f"--out_dir={out}/nanogpt", folder=s.nanogpt)
+    yield "shakespeare_cpu, seconds; nanoGPT", lambda: (plays, recipe)
+    yield "shakespeare_char, 64 x 256, tokens/s; nanoGPT", partial(
+        both, 64, vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
     for texts in (1, 16):
         for dtype in (torch.float32, torch.bfloat16):
             yield f"sampling GPT-2 124M, {texts} at once, {dtype}, tokens/s; transformers", partial(
                 sampling, process, dtype, texts)
-    stories = "".join(text for story in prepare_data.write_stories(seed=1) for text, _, _ in story)
-    yield "preparation, tokens/s; tiktoken alone", partial(preparing, process, stories * 8)
+    text = ""
+    for story in prepare_data.write_stories(seed=1):
+        text += "".join(part for part, _, _ in story)
+    yield "preparation, tokens/s; tiktoken alone", partial(preparing, process, text * 8)
 
 
 def in_turns(turns, measures):
@@ -190,17 +200,21 @@ def ours_by(train):
 
 def rust(text, vocab_size):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    byte_level = pre_tokenizers.ByteLevel
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[train_gpt2.END_OF_TEXT], show_progress=False,
-        initial_alphabet=byte_level.alphabet()))
+        initial_alphabet=byte_level.alphabet())
+    tokenizer.train_from_iterator([text], trainer)
     return lambda text: tokenizer.encode(text).ids
 
 
 LIBRARIES = {
     "prepare_data": ours_by(lambda *how: prepare_data.bpe_spec(prepare_data.train_bpe(*how))),
-    "sentencepiece": ours_by(prepare_data.train_sentencepiece), "tokenizers": rust}
+    "sentencepiece": ours_by(prepare_data.train_sentencepiece),
+    "tokenizers": rust,
+}
 
 
 def compare_tokenizers(path):
@@ -208,7 +222,8 @@ def compare_tokenizers(path):
     with prepare_data.one_line(f"cannot read {path}"):
         text = Path(path).read_bytes().decode("utf-8")
     cut = int(len(text) * 0.9)
-    size = len(text[cut:].encode())
+    learned, rest = text[:cut], text[cut:]
+    size = len(rest.encode())
     found = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     print(f"bytes per token on the last tenth ({size:,} bytes), seconds of training")
     print("| vocabulary |", " | ".join(found), "|")
@@ -217,16 +232,19 @@ def compare_tokenizers(path):
         cells = []
         for name in found:
             began = time.perf_counter()
-            encode = LIBRARIES[name](text[:cut], vocab_size)
+            encode = LIBRARIES[name](learned, vocab_size)
             seconds = time.perf_counter() - began
-            cells.append(f"{size / len(encode(text[cut:])):.3f}, {seconds:.1f} s")
+            bytes_per_token = size / len(encode(rest))
+            cells.append(f"{bytes_per_token:.3f}, {seconds:.1f} s")
         print(f"| {vocab_size:,} |", " | ".join(cells), "|", flush=True)
 
 
 def processor():
     info = Path("/proc/cpuinfo")  # of Linux
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
+    if info.exists():
+        for name in re.findall(r"model name\s*: (.*)", info.read_text()):
+            return name
+    return platform.processor()
 
 
 @train_gpt2.reports_mistakes
@@ -243,8 +261,10 @@ def main(argv=None):
     print("| measured | this | peer | ratio |\n| --- | --- | --- | --- |")
     for name, make in table(s, process):
         if s.only in name:
-            us, *peer = in_turns(s.turns, make())
-            theirs = f"{peer[0]:,.4g} | {us / peer[0]:.2f}" if peer else "not at hand |"
+            us, *peers = in_turns(s.turns, make())
+            theirs = "not at hand |"
+            for peer in peers:  # one or none
+                theirs = f"{peer:,.4g} | {us / peer:.2f}"
             print(f"| {name} | {us:,.4g} | {theirs} |", flush=True)
     return 0
 

@@ -145,7 +145,7 @@ def test_a_resumed_run_keeps_its_dtype_but_not_its_threads(trained, monkeypatch,
         log_step(run, *args)
     monkeypatch.setattr(train_gpt2.Run, "log_step", watch)
     capsys.readouterr()
-    assert train_gpt2.main([*RUN, "--out_dir=out/kept"]) == 0  # --dtype=auto, never float16 on a CPU
+    assert train_gpt2.main([*RUN, "--out_dir=out/kept"]) == 0  # auto is never float16 here
     assert seen == [(torch.float16, threads)] * 3
     output = capsys.readouterr().out
     assert f"it ran with {threads + 1} threads and goes on with {threads}" in output

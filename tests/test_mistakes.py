@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,127 +23,177 @@ import train_gpt2
 CKPT = Path("out/run/ckpt.pt")
 
 
-# ---- The table: arguments => parts of the message. LONG is a name of 5,000 letters ----
+# ---- Options ----
 
-TRAIN = """
---max_iters=5 => did you mean --max_steps  --lerning_rate=1 => --learning_rate
---max_steps => expected one argument
-hello => 'hello' is not a setting  --preset=gpt3 => no preset 'gpt3' ... gpt2
---max_steps=1.5 => --max_steps: expected int
---n_embd=97 => n_embd 97 is not a multiple of n_head 2  --n_layer=10000000 => to 1,024
---n_embd=1048576 => to 65,536  --total_batch_size=1000 => must be a multiple of block_size
---total_batch_size=96 => (96) must be a multiple ... batch_size * block_size (64)
---device=cuda:99 => torch has no device
---eval_only => no checkpoint out/stories/best.pt  --init_from=resume => no checkpoint resume
---init_from=gpt2 => python prepare_data.py gpt2
---init_from=tales.txt => not a valid checkpoint
---init_from=out/abc/best.pt => different tokenizers
---data_dir=data/abc --rows=documents => --rows=stream  --data_dir=nowhere => no train shards
---data_dir=tales.txt => no train shards  --data_dir=out => no train shards
---data_dir=LONG => no train shards
---out_dir=tales.txt => cannot write  --out_dir=LONG => cannot write
-""" + "  ".join(f"--{value} => {value.split('=')[0]} is ... it must be from" for value in f"""
-max_steps=0 max_steps=1{'0' * 400} warmup_steps=-1 learning_rate=nan
-learning_rate=inf min_lr=-1 weight_decay=-1 grad_clip=-1 init_std=0 beta1=1 beta2=-0.1 dropout=1
-block_size=0 block_size=100000000 batch_size=0 total_batch_size=16000000000
-grad_accum_steps=0 n_head=0 seed=-1 seed={2**64} eval_every=0 eval_tokens=0 log_every=0""".split())
-PREPARE = """
-shakespear => did you mean shakespeare  nothing.txt => no such file
-tales.txt --out_dir=tales.txt => use tales.txt
-tales.txt --vocab_size=290 --out_dir=data/tales => another --out_dir
-""" + "  ".join(f"tales.txt --{value} => it must be from" for value in (
-    "vocab_size=256 vocab_size=70000 shard_tokens=1 val_fraction=1".split()))
-SAMPLE = "  ".join(f"--{value} => it must be from" for value in (
-    "temperature=-1 top_k=0 top_p=0 num_samples=0 max_new_tokens=0".split())) + """
---device=abacus => no device  --checkpoint=nowhere.pt => no checkpoint
---checkpoint=. => name a run's best.pt  --checkpoint=gpt2 => python prepare_data.py gpt2
---checkpoint=binary => not a valid checkpoint  hello there => put it in quotes
-axe --checkpoint=out/abc/best.pt => lacks 'ex'  @nowhere.txt => the prompt from nowhere.txt
-@out => cannot read  @ => a file without a name  @binary => not UTF-8
---explain --num_samples=2 => one text  --interactive hello => the prompt
---export=x hello => no text
-"""
+LONG = "x" * 5000
+# Arguments, and parts of the message
+TRAIN = {
+    "--max_iters=5": "did you mean --max_steps",
+    "--lerning_rate=1": "--learning_rate",
+    "--max_steps": "expected one argument",
+    "hello": "'hello' is not a setting",
+    "--preset=gpt3": "no preset 'gpt3' ... gpt2",
+    "--max_steps=1.5": "--max_steps: expected int",
+    "--n_embd=97": "n_embd 97 is not a multiple of n_head 2",
+    "--n_layer=10000000": "to 1,024",
+    "--n_embd=1048576": "to 65,536",
+    "--total_batch_size=1000": "must be a multiple of block_size",
+    "--total_batch_size=96": "(96) must be a multiple ... batch_size * block_size (64)",
+    "--device=cuda:99": "torch has no device",
+    "--eval_only": "no checkpoint out/stories/best.pt",
+    "--init_from=resume": "no checkpoint resume",
+    "--init_from=gpt2": "python prepare_data.py gpt2",
+    "--init_from=tales.txt": "not a valid checkpoint",
+    "--init_from=out/abc/best.pt": "different tokenizers",
+    "--data_dir=data/abc --rows=documents": "--rows=stream",
+    "--data_dir=nowhere": "no train shards",
+    "--data_dir=tales.txt": "no train shards",
+    "--data_dir=out": "no train shards",
+    f"--data_dir={LONG}": "no train shards",
+    "--out_dir=tales.txt": "cannot write",
+    f"--out_dir={LONG}": "cannot write",
+}
+PREPARE = {
+    "shakespear": "did you mean shakespeare",
+    "nothing.txt": "no such file",
+    "tales.txt --out_dir=tales.txt": "use tales.txt",
+    "tales.txt --vocab_size=290 --out_dir=data/tales": "another --out_dir",
+}
+SAMPLE = {
+    "--device=abacus": "no device",
+    "--checkpoint=nowhere.pt": "no checkpoint",
+    "--checkpoint=.": "name a run's best.pt",
+    "--checkpoint=gpt2": "python prepare_data.py gpt2",
+    "--checkpoint=binary": "not a valid checkpoint",
+    "hello there": "put it in quotes",
+    "axe --checkpoint=out/abc/best.pt": "lacks 'ex'",
+    "@nowhere.txt": "the prompt from nowhere.txt",
+    "@out": "cannot read",
+    "@": "a file without a name",
+    "@binary": "not UTF-8",
+    "--explain --num_samples=2": "one text",
+    "--interactive hello": "the prompt",
+    "--export=x hello": "no text",
+}
+# Numbers that are too small, too large or none
+OUT_OF_RANGE = {
+    train_gpt2: f"""
+        max_steps=0 max_steps=1{'0' * 400} warmup_steps=-1 learning_rate=nan learning_rate=inf
+        min_lr=-1 weight_decay=-1 grad_clip=-1 init_std=0 beta1=1 beta2=-0.1 dropout=1 block_size=0
+        block_size=100000000 batch_size=0 total_batch_size=16000000000 grad_accum_steps=0 n_head=0
+        seed=-1 seed={2**64} eval_every=0 eval_tokens=0 log_every=0""",
+    prepare_data: "vocab_size=256 vocab_size=70000 shard_tokens=1 val_fraction=1",
+    sample: "temperature=-1 top_k=0 top_p=0 num_samples=0 max_new_tokens=0",
+}
 
 
-def table():
-    for script, text in ((train_gpt2, TRAIN), (prepare_data, PREPARE), (sample, SAMPLE)):
-        for argv, message in re.findall(r"(\S.*?) => (.*?)(?:  |\n|$)", text):
-            argv = argv.replace("LONG", "x" * 5000).split()
-            if script is train_gpt2 and "preset" not in argv[0]:
-                argv = ["--data_dir=data/tales", *TINY, *argv]
+def bad_options():
+    """(script, arguments, parts of the message)"""
+    for script, messages in ((train_gpt2, TRAIN), (prepare_data, PREPARE), (sample, SAMPLE)):
+        for argv, message in messages.items():
             yield script, argv, message
+    for script, options in OUT_OF_RANGE.items():
+        for option in options.split():
+            name, _, _ = option.partition("=")
+            source = "tales.txt " if script is prepare_data else ""
+            yield script, f"{source}--{option}", f"{name} is ... it must be from"
 
 
-@pytest.mark.parametrize("script, argv, message", [*table()])
+@pytest.mark.parametrize("script, argv, message", [*bad_options()])
 def test_bad_options(script, argv, message, trained, capsys):
     Path("binary").write_bytes(b"\xff\xfe\x00")
+    argv = argv.split()
+    if script is train_gpt2 and argv != ["--preset=gpt3"]:
+        argv = ["--data_dir=data/tales", *TINY, *argv]
     harmless(script, argv, message, capsys)
 
 
 def harmless(script, argv, message, capsys):
     before = contents(Path.cwd())
     line = fails(script.main, argv, capsys)
-    assert all(part in line for part in message.split(" ... "))
+    for part in message.split(" ... "):
+        assert part in line
     after = contents(Path.cwd())
-    assert {path: after.get(path) for path in before} == before
+    for path in before:
+        assert after.get(path) == before[path], path
 
 
-def file(path, content):
-    """content: text, a function of the old text, or None for a folder."""
-    path = Path(path)
-    if callable(content):
-        content = content(path.read_text(encoding="utf-8"))
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if content is None:
-        path.mkdir()
+# ---- Files ----
+
+META = Path("data/tales/meta.json")
+TRAIN_SHARD = Path("data/tales/tales_train_000001.bin")
+VAL_SHARD = Path("data/tales/tales_val_000000.bin")
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.unlink()
 
 
-def shard(split, tokens):
-    """A shard with these tokens; None: without the last of its own; []: no shard."""
-    path = next(Path("data/tales").glob(f"*_{split}_*.bin"))
-    if tokens:
-        prepare_data.write_shard(path, tokens)
-    else:
-        path.unlink() if tokens == [] else os.truncate(path, path.stat().st_size - 2)
+def write(path, content):
+    remove(path)
+    path.write_bytes(content)
 
 
-def meta(**changes):
-    """meta.json has these values; None removes a key."""
-    def change(text):
-        content = json.loads(text) | changes
-        return json.dumps({key: value for key, value in content.items() if value is not None})
-    return "meta.json", file, "data/tales/meta.json", change
+def make_folder(path):
+    remove(path)
+    path.mkdir()
 
 
-def tokenizer(**spec):
-    return meta(tokenizer=spec)
+def cut_off_a_token(path):
+    os.truncate(path, path.stat().st_size - 2)
 
 
-DAMAGED = [  # message, damage, its arguments
-    ("cannot write", file, "out/run", b"a file"), ("cannot write", file, "out", b"a file"),
-    ("ckpt.pt", file, CKPT, None), ("log.csv", file, "out/run/log.csv", None),
-    ("no train shards", shard, "train", []), ("no val shards", shard, "val", []),
-    ("is incomplete", shard, "val", None),
-    ("holds token 9000", shard, "val", [279] + [9000] * 100),
-    ("too few", shard, "train", [279]), ("too few", shard, "val", [279]),
-    *(("meta.json", file, "data/tales/meta.json", content)
-      for content in (b"", b"{'a': 1}", b"\xff\xfe", "[" * 10**5, None)),
-    meta(tokenizer=None), tokenizer(kind="word"),
-    tokenizer(kind="bpe", ranks=["a", "a"]), tokenizer(kind="bpe", ranks=[1, 2]),
-    tokenizer(kind="char", alphabet="\ud800"), tokenizer(kind="char", alphabet=""),
-    tokenizer(kind="sentencepiece", model="none"),
-    meta(landmarks=[1]), meta(skills={"wording": 0}),
-    # The run's tokenizer has 280 tokens too
-    ("different tokenizers", *tokenizer(kind="bpe", ranks=[*map(chr, range(256)), *("th" * i for i in range(
-        1, 24))])[1:]),
-]
+def change_meta(name, value):
+    content = json.loads(META.read_text(encoding="utf-8"))
+    content[name] = value
+    if value is None:
+        del content[name]
+    META.write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.mark.parametrize("message, damage, what", [(m, d, what) for m, d, *what in DAMAGED])
-def test_damaged_files(message, damage, what, trained, capsys):
-    damage(*what)
+def change_tokenizer(**spec):
+    change_meta("tokenizer", spec)
+
+
+def other_280_tokens():
+    """As many as the run's tokenizer has."""
+    ranks = [chr(i) for i in range(256)]
+    ranks += ["th" * i for i in range(1, 24)]
+    change_tokenizer(kind="bpe", ranks=ranks)
+
+
+@pytest.mark.parametrize("message, damage", [
+    ("cannot write", partial(write, Path("out/run"), b"a file")),
+    ("cannot write", partial(write, Path("out"), b"a file")),
+    ("ckpt.pt", partial(make_folder, CKPT)),
+    ("log.csv", partial(make_folder, Path("out/run/log.csv"))),
+    ("no train shards", partial(remove, TRAIN_SHARD)),
+    ("no val shards", partial(remove, VAL_SHARD)),
+    ("is incomplete", partial(cut_off_a_token, VAL_SHARD)),
+    ("holds token 9000", partial(prepare_data.write_shard, VAL_SHARD, [279] + [9000] * 100)),
+    ("too few", partial(prepare_data.write_shard, TRAIN_SHARD, [279])),
+    ("too few", partial(prepare_data.write_shard, VAL_SHARD, [279])),
+    ("meta.json", partial(make_folder, META)),
+    ("meta.json", partial(write, META, b"")),
+    ("meta.json", partial(write, META, b"{'a': 1}")),
+    ("meta.json", partial(write, META, b"\xff\xfe")),
+    ("meta.json", partial(write, META, b"[" * 10**5)),
+    ("meta.json", partial(change_meta, "landmarks", [1])),
+    ("meta.json", partial(change_meta, "skills", {"wording": 0})),
+    ("meta.json", partial(change_meta, "tokenizer", None)),
+    ("meta.json", partial(change_tokenizer, kind="word")),
+    ("meta.json", partial(change_tokenizer, kind="bpe", ranks=["a", "a"])),
+    ("meta.json", partial(change_tokenizer, kind="bpe", ranks=[1, 2])),
+    ("meta.json", partial(change_tokenizer, kind="char", alphabet="\ud800")),
+    ("meta.json", partial(change_tokenizer, kind="char", alphabet="")),
+    ("meta.json", partial(change_tokenizer, kind="sentencepiece", model="none")),
+    ("different tokenizers", other_280_tokens),
+])
+def test_damaged_files(message, damage, trained, capsys):
+    damage()
     harmless(train_gpt2, [*RUN, "--eval_every=3"], message, capsys)
 
 
@@ -182,50 +233,71 @@ HUGE = torch.zeros(1).expand(10**6, 10**6)  # claims 4 TB
 
 
 @pytest.mark.parametrize("change", [
-    put({}, "config"), put(32, "config", "n_embd"), put(2**60, "config", "vocab_size"),
-    put("two", "config", "n_layer"), put("red", "config", "color"),
-    put(torch.zeros(1), "model", "extra"), lambda c: c["model"].popitem(), put(HUGE, "model", WTE),
+    put({}, "config"),
+    put(32, "config", "n_embd"),
+    put(2**60, "config", "vocab_size"),
+    put("two", "config", "n_layer"),
+    put("red", "config", "color"),
+    put(None, "model"),
+    put(torch.zeros(1), "model", "extra"),
     put(torch.zeros(16).long(), "model", "transformer.ln_f.bias"),
+    put(HUGE, "model", WTE),
     put(torch.sparse_coo_tensor(size=(10**6, 10**6), check_invariants=True), "model", WTE),
-    put(torch.empty(10**6, 10**6, device="meta"), "model", WTE), put(None, "model"),
-    lambda c: c.pop("tokenizer"), put({"kind": "x"}, "tokenizer"),
-    put({"kind": "char", "alphabet": "abc"}, "tokenizer"), put("many", "step"), put(-3, "step"),
-    put(math.nan, "best_val_loss"), lambda c: c.clear()])
+    put(torch.empty(10**6, 10**6, device="meta"), "model", WTE),
+    put({"kind": "x"}, "tokenizer"),
+    put({"kind": "char", "alphabet": "abc"}, "tokenizer"),
+    put("many", "step"),
+    put(-3, "step"),
+    put(math.nan, "best_val_loss"),
+    lambda checkpoint: checkpoint["model"].popitem(),
+    lambda checkpoint: checkpoint.pop("tokenizer"),
+    lambda checkpoint: checkpoint.clear(),
+])
 def test_a_checkpoint_that_does_not_fit(change, trained, capsys):
     change_checkpoint(change)
     refused(capsys)
 
 
 @pytest.mark.parametrize("change", [
-    put({}, "optimizer"), lambda c: c.pop("optimizer"),
+    put({}, "optimizer"),
     put(torch.zeros(3), "optimizer", "state", WTE, "exp_avg_sq"),
     put(HUGE, "optimizer", "state", WTE, "exp_avg"),
-    put(3, "optimizer", "state", WTE, "step")])
+    put(3, "optimizer", "state", WTE, "step"),
+    lambda checkpoint: checkpoint.pop("optimizer"),
+])
 def test_an_optimizer_that_does_not_fit(change, trained, capsys):
     change_checkpoint(change)
     harmless(train_gpt2, RUN, "optimizer ... --overwrite", capsys)
     assert train_gpt2.main([*RUN, "--overwrite"]) == 0
 
 
-def bombs():
-    """Files that run code if anything unpickles them carelessly."""
-    for value, options in ((Bomb(), {}), ({"model": Bomb()}, {}),
-                           (Bomb(), {"_use_new_zipfile_serialization": False})):
-        box = io.BytesIO()
-        torch.save(value, box, **options)
-        yield box.getvalue()
-    yield pickle.dumps(Bomb())
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        box = io.BytesIO()
-        with zipfile.ZipFile(box, "w", compression) as archive:
-            for part in ("data.pkl", "version", "constants.pkl"):  # TorchScript has the last one
-                archive.writestr(f"archive/{part}", pickle.dumps(Bomb(), 2))
-        yield box.getvalue()
+def saved_bomb(value, **options):
+    box = io.BytesIO()
+    torch.save(value, box, **options)
+    return box.getvalue()
 
 
-@pytest.mark.parametrize("content", [*bombs()], ids=range(6))
-def test_a_pickle_is_not_run(content, trained, capsys):
-    CKPT.write_bytes(content)
+def archived_bomb(compression):
+    box = io.BytesIO()
+    with zipfile.ZipFile(box, "w", compression) as archive:
+        for part in ("data.pkl", "version", "constants.pkl"):  # TorchScript has the last one
+            archive.writestr(f"archive/{part}", pickle.dumps(Bomb(), 2))
+    return box.getvalue()
+
+
+BOMBS = {  # files that run code if anything unpickles them carelessly
+    "a checkpoint": saved_bomb(Bomb()),
+    "inside a checkpoint": saved_bomb({"model": Bomb()}),
+    "an old checkpoint": saved_bomb(Bomb(), _use_new_zipfile_serialization=False),
+    "a pickle": pickle.dumps(Bomb()),
+    "an archive": archived_bomb(zipfile.ZIP_STORED),
+    "a compressed archive": archived_bomb(zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_pickle_is_not_run(kind, trained, capsys):
+    CKPT.write_bytes(BOMBS[kind])
     refused(capsys)
     assert not (trained / "exploded").exists()
 
@@ -246,20 +318,29 @@ def test_a_loss_that_is_not_finite(trained, capsys, monkeypatch):
     assert CKPT.read_bytes() == before
 
 
-def test_help_names_every_setting(capsys):
-    for script in (train_gpt2, prepare_data, sample):
-        with pytest.raises(SystemExit) as stop:
-            script.main(["--help"])
-        output, cls = capsys.readouterr().out, script.Settings
-        assert stop.value.code == 0 and max(map(len, output.splitlines())) <= 100
-        comments = re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(cls), re.M)
-        assert [name for name, _ in comments] == list(cls.__dataclass_fields__)
-        for name, comment in comments:
-            default = getattr(cls, name)
-            if isinstance(default, bool):
-                words = f"--{name}, --no-{name} {comment}".split()
-            else:
-                words = f"--{name} {default} {comment}".split()
-            assert " ".join(words) in " ".join(output.split())
-        if script is train_gpt2:
-            assert all(f"\n  {name}\n" in output for name in script.PRESETS)
+@pytest.mark.parametrize("script", [train_gpt2, prepare_data, sample])
+def test_help_names_every_setting(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    for line in output.splitlines():
+        assert len(line) <= 100
+    cls = script.Settings
+    comments = re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(cls), re.M)
+    assert [name for name, _ in comments] == list(cls.__dataclass_fields__)
+    words = " ".join(output.split())
+    for name, comment in comments:
+        default = getattr(cls, name)
+        option = f"--{name} {default}"
+        if isinstance(default, bool):
+            option = f"--{name}, --no-{name}"
+        assert " ".join(f"{option} {comment}".split()) in words
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt2.main(["--help"])
+    output = capsys.readouterr().out
+    for name in train_gpt2.PRESETS:
+        assert f"\n  {name}\n" in output

@@ -28,7 +28,7 @@ def processes():
         if os.name == "posix":
             CONTEXT.set_forkserver_preload(["test_survival"])
             # Python 3.11 does not pass our sys.path on, and silently skips what is not found
-            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         yield
 
 
@@ -74,10 +74,12 @@ def together(count, argv, tmp_path, patch=None):
     """`count` processes as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [Child(argv, tmp_path, patch, RANK=str(i), LOCAL_RANK=str(i), **common)
-            for i in range(count)]
+        _, port = free.getsockname()
+    environment = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children = []
+    for rank in map(str, range(count)):
+        children.append(Child(argv, tmp_path, patch, RANK=rank, LOCAL_RANK=rank, **environment))
+    return children
 
 
 # ---- Kills ----
@@ -87,13 +89,26 @@ def die_in(name, count):
     """Kill this process when a function of train_gpt2 is called for the count-th time."""
     *path, last = name.split(".")
     holder = functools.reduce(getattr, path, train_gpt2)
-    original, calls = getattr(holder, last), iter(range(1, 10**6))
+    original = getattr(holder, last)
+    calls = []
 
     def deadly(*args, **kwargs):
-        if next(calls) == count:
+        calls.append(name)
+        if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
     setattr(holder, last, deadly)
+
+
+INSTANTS = [
+    ("evaluate", 3),
+    ("GPT.generate", 1),
+    ("evaluate", 8),  # measured, then saved
+    ("torch.save", 2),  # a checkpoint is half written
+    ("os.replace", 8),  # or not yet in place
+    ("write_report", 2),
+    ("Run.append", 20),
+]
 
 
 @posix
@@ -103,37 +118,44 @@ def test_killed_at_any_instant(tiny_run, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     Child(["--help"], tmp_path).wait()  # imports, once for all
     began = time.monotonic()
-    assert Child([*tiny_run, f"--out_dir={whole}"], tmp_path).wait()[0] == 0
+    status, output = Child([*tiny_run, f"--out_dir={whole}"], tmp_path).wait()
+    assert status == 0, output
     took = time.monotonic() - began
-    draw, kills = random.Random(5), 0
     argv = [*tiny_run, f"--out_dir={broken}"]
-    exact = [functools.partial(die_in, *where) for where in (
-        ("evaluate", 3), ("GPT.generate", 1), ("evaluate", 8),  # the last: measured, then saved
-        ("torch.save", 2), ("os.replace", 8),  # a checkpoint is half written, or not yet in place
-        ("write_report", 2), ("Run.append", 20))]
-    randoms = 30 if FULL else 2
-    while kills < randoms or exact:
-        at = exact[-1] if exact else None
-        run = Child(argv, tmp_path, at)
-        if at is None:
+    draw = random.Random(5)
+    at_random = 30 if FULL else 2
+    exact = list(INSTANTS)
+    while exact or at_random > 0:
+        if exact:
+            run = Child(argv, tmp_path, functools.partial(die_in, *exact[-1]))
+        else:
+            run = Child(argv, tmp_path)
             time.sleep(draw.uniform(0, took))
             run.process.kill()
         status, output = run.wait()
-        assert status in (0, -signal.SIGKILL), output
-        if status == 0:
+        if status == 0:  # it ended before that instant: the next run is a new one
             compare(whole, broken, 40)
             shutil.rmtree(broken)
-        elif at:
+            continue
+        assert status == -signal.SIGKILL, output
+        if exact:
             exact.pop()
         else:
-            kills += 1
-    assert Child(argv, tmp_path).wait()[0] == 0
+            at_random -= 1
+    status, output = Child(argv, tmp_path).wait()
+    assert status == 0, output
     compare(whole, broken, 40)
-    assert not (tmp_path / "broken-2").exists() and not list(broken.glob(".*.tmp"))
+    assert not (tmp_path / "broken-2").exists()
+    assert not list(broken.glob(".*.tmp"))
+
+
+def fall_asleep(*_):
+    print("asleep", flush=True)
+    time.sleep(60)
 
 
 def sleep_after_steps():
-    train_gpt2.Run.log_step = lambda *_: (print("asleep", flush=True), time.sleep(60))
+    train_gpt2.Run.log_step = fall_asleep
 
 
 @posix
@@ -146,7 +168,8 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
     assert run.process.is_alive()  # it would finish its step
     os.kill(run.process.pid, signal.SIGINT)
     status, output = run.wait(5)
-    assert status == -signal.SIGINT and "Traceback" not in output
+    assert status == -signal.SIGINT
+    assert "Traceback" not in output
 
 
 # ---- Disks ----
@@ -156,41 +179,48 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
 def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
     """The previous checkpoint stays whole; with room again, the end has the same bytes. A
     RuntimeError that no disk caused keeps its traceback."""
-    whole = tmp_path / "whole"
+    whole, run = tmp_path / "whole", tmp_path / "run"
     train_gpt2.main([*tiny_run, f"--out_dir={whole}"])
     stopped(9, tiny_run)
-    path = tmp_path / "run" / "ckpt.pt"
+    path = run / "ckpt.pt"
     before = path.read_bytes()
     with small_files(300_000):
         line = fails(train_gpt2.main, tiny_run, capsys)
-    assert f"cannot write {path} (File too large)" in line and "make room" in line
-    assert path.read_bytes() == before and not list(path.parent.glob(".*.tmp"))
+    assert f"cannot write {path} (File too large)" in line
+    assert "make room" in line
+    assert path.read_bytes() == before
+    assert not list(run.glob(".*.tmp"))
     assert train_gpt2.main(tiny_run) == 0
-    compare(whole, tmp_path / "run", 40)
+    compare(whole, run, 40)
     with pytest.raises(RuntimeError, match="size"):
         train_gpt2.write_atomically(tmp_path / "file", lambda file: torch.zeros(2) @ torch.zeros(3))
+
+
+def mount(*options):
+    return subprocess.run(["mount", *options], capture_output=True).returncode == 0
 
 
 @posix
 def test_a_full_disk(tiny_run, tmp_path, capsys):
     """It has no room for two checkpoints at once."""
     disk = tmp_path / "disk"
+    path = disk / "run" / "ckpt.pt"
+    argv = [*tiny_run, f"--out_dir={disk / 'run'}"]
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if not mount("-t", "tmpfs", "-o", "size=600k", "tmpfs", disk):
         pytest.skip("no disk can be mounted here")
     try:
-        argv = [*tiny_run, f"--out_dir={disk / 'run'}"]
         line = fails(train_gpt2.main, argv, capsys)
-        assert "No space left on device" in line and "make room" in line
-        step = train_gpt2.read_checkpoint(disk / "run" / "ckpt.pt")["step"]
-        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        assert "No space left on device" in line
+        assert "make room" in line
+        step = train_gpt2.read_checkpoint(path)["step"]
+        assert mount("-o", "remount,size=20m", disk)
         assert train_gpt2.main(argv) == 0
         assert f"from step {step}" in capsys.readouterr().out
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        before = (disk / "run" / "ckpt.pt").read_bytes()
+        assert mount("-o", "remount,ro", disk)
+        before = path.read_bytes()
         assert "Read-only file system" in fails(train_gpt2.main, argv, capsys)
-        assert (disk / "run" / "ckpt.pt").read_bytes() == before
+        assert path.read_bytes() == before
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
@@ -202,24 +232,32 @@ def stop_after_ten_steps():
     train_gpt2.StopRequest.requested = stop_after(9)
 
 
+def column(folder, name):
+    """What was measured under this name, in the order of the log."""
+    return [float(row[name]) for row in log_of(folder) if row[name]]
+
+
 def test_other_numbers_of_processes(tiny_run, tmp_path):
     """Two and four processes have the losses of one, and resume each other's runs."""
+    one, two, four = tmp_path / "one", tmp_path / "two", tmp_path / "four"
     argv = [*tiny_run, "--dropout=0", "--dtype=float32", "--max_steps=20"]
-    train_gpt2.main([*argv, f"--out_dir={tmp_path / 'one'}"])
-    two = [*argv, f"--out_dir={tmp_path / 'two'}"]
-    for run in together(2, two, tmp_path, stop_after_ten_steps):
-        assert run.wait()[0] == 128 + signal.SIGTERM
-    shutil.copytree(tmp_path / "two", tmp_path / "four")
-    assert train_gpt2.main(two) == 0
-    runs = together(4, [*argv, f"--out_dir={tmp_path / 'four'}"], tmp_path)
+    train_gpt2.main([*argv, f"--out_dir={one}"])
+    for run in together(2, [*argv, f"--out_dir={two}"], tmp_path, stop_after_ten_steps):
+        status, output = run.wait()
+        assert status == 128 + signal.SIGTERM, output
+    shutil.copytree(two, four)
+    assert train_gpt2.main([*argv, f"--out_dir={two}"]) == 0
+    runs = together(4, [*argv, f"--out_dir={four}"], tmp_path)
     results = [run.wait() for run in runs]
-    assert [status for status, _ in results] == [0] * 4, results
-    assert "from step 10" in results[0][1]
-    for column in ("train_loss", "val_loss"):
-        one, two, four = ([float(row[column]) for row in log_of(tmp_path / name) if row[column]]
-                          for name in ("one", "two", "four"))
-        assert len(one) > 3
-        assert one == pytest.approx(two, abs=1e-5) and one == pytest.approx(four, abs=1e-5)
+    for status, output in results:
+        assert status == 0, output
+    _, output = results[0]
+    assert "from step 10" in output
+    for name in ("train_loss", "val_loss"):
+        expected = column(one, name)
+        assert len(expected) > 3
+        assert column(two, name) == pytest.approx(expected, abs=1e-5)
+        assert column(four, name) == pytest.approx(expected, abs=1e-5)
 
 
 @posix
@@ -228,10 +266,12 @@ def test_a_process_that_dies(tiny_run, tmp_path):
     runs = together(2, [*tiny_run, "--max_steps=100000"], tmp_path)
     while not (tmp_path / "run" / "ckpt.pt").exists():
         time.sleep(0.05)
-        assert all(run.process.is_alive() for run in runs), [run.wait() for run in runs]
+        for run in runs:
+            assert run.process.is_alive(), run.wait()
     runs[0].process.kill()
     status, output = runs[1].wait(30)
-    assert status == 1 and "error: process 1 lost another one; the same" in output
+    assert status == 1
+    assert "error: process 1 lost another one; the same" in output
     assert "Traceback" not in output
 
 
@@ -244,21 +284,26 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     argv = [*tiny_run, "--dtype=float16", "--max_steps=12", "--eval_tokens=200",
             "--grad_accum_steps=1"]
-    train_gpt2.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
-    state = train_gpt2.read_checkpoint(tmp_path / "whole" / "ckpt.pt")["optimizer"]
-    skipped = 12 - int(next(iter(state["state"].values()))["step"])
-    assert 2 < skipped < 12 and state["scaler"]["scale"] == 2.0**25 / 2**skipped
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_gpt2.main([*argv, f"--out_dir={whole}"])
+    saved = train_gpt2.read_checkpoint(whole / "ckpt.pt")["optimizer"]
+    steps = saved["state"]["transformer.wte.weight"]["step"]
+    skipped = 12 - int(steps)
+    assert 2 < skipped < 12
+    assert saved["scaler"]["scale"] == 2.0**25 / 2**skipped
     stopped(3, argv)
     train_gpt2.main(argv)
-    same_bytes(tmp_path / "whole", tmp_path / "run")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
-    resumed = train_gpt2.read_checkpoint(tmp_path / "run" / "ckpt.pt")["optimizer"]
-    assert resumed["scaler"] == state["scaler"]
+    same_bytes(whole, run)
+    assert losses(whole) == losses(run)
+    resumed = train_gpt2.read_checkpoint(run / "ckpt.pt")["optimizer"]
+    assert resumed["scaler"] == saved["scaler"]
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    torch.OutOfMemoryError("CUDA out of memory."),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+])
 def test_out_of_memory_names_what_to_halve_and_what_to_double(error, tiny_run, capsys, monkeypatch):
     def forward(*_):
         raise error

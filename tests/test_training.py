@@ -1,5 +1,4 @@
 """Runs resume bit for bit, or start again in the next folder."""
-import functools
 import os
 import re
 import signal
@@ -14,35 +13,47 @@ from conftest import ROOT, fails, log_of, posix, stopped
 import train_gpt2
 
 
+def same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
 def same_bytes(one, other):
     """Two runs have the same weights and optimizer state, bit for bit."""
-    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (one, other))
-    assert a["step"] == b["step"] and a["best_val_loss"] == b["best_val_loss"]
-    assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    for name, state in a["optimizer"]["state"].items():
-        theirs = b["optimizer"]["state"][name]
-        assert all(torch.equal(value, theirs[name]) for name, value in state.items())
+    a = torch.load(one / "ckpt.pt", weights_only=True)
+    b = torch.load(other / "ckpt.pt", weights_only=True)
+    assert a["step"] == b["step"]
+    assert a["best_val_loss"] == b["best_val_loss"]
+    same_tensors(a["model"], b["model"])
+    states, others = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert states.keys() == others.keys()
+    for name in states:
+        same_tensors(states[name], others[name])
 
 
 def losses(folder):
     """The log without what a clock decides."""
-    times = ("tokens_per_second", "seconds")
-    return [[value for name, value in row.items() if name not in times] for row in log_of(folder)]
+    log = log_of(folder)
+    for row in log:
+        del row["tokens_per_second"], row["seconds"]
+    return log
 
 
 def compare(whole, broken, steps):
     """Two runs ended alike: weights, log, samples; and no step is logged twice."""
     same_bytes(whole, broken)
-    assert losses(whole) == losses(broken)
-    assert [int(row["step"]) for row in log_of(broken)] == list(range(steps + 1))
+    log = losses(broken)
+    assert log == losses(whole)
+    assert [int(row["step"]) for row in log] == list(range(steps + 1))
     assert (whole / "samples.md").read_bytes() == (broken / "samples.md").read_bytes()
 
 
 def start(argv, **environment):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train_gpt2.py", *argv], text=True, cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
+    """A run in a process of its own."""
+    command = [sys.executable, ROOT / "train_gpt2.py", *argv]
+    return subprocess.Popen(command, text=True, cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | environment)
 
 
 def wait_for_step(run, folder, step):
@@ -69,7 +80,8 @@ def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
             run.send_signal(signal.SIGCONT)
         run.send_signal(number)
         output, errors = run.communicate(timeout=60)
-        assert not errors and run.returncode == 128 + number
+        assert errors == ""
+        assert run.returncode == 128 + number
         assert "the same command resumes it" in output
     assert train_gpt2.main(argv) == 0
     assert f"continuing {broken} from step " in capsys.readouterr().out
@@ -80,56 +92,71 @@ def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
 
 def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
     """After the end, changed, overwritten, stopped, or beside other files."""
-    def run(*options, main=train_gpt2.main):
-        status = main([*small_run, "--max_steps=9", "--eval_every=3", *options])
-        return status, capsys.readouterr().out
-    at, first = str(tmp_path / "run"), tmp_path / "run" / "ckpt.pt"
-    assert f"a new run in {at}\n" in run()[1]
+    at, first = tmp_path / "run", tmp_path / "run" / "ckpt.pt"
+    argv = [*small_run, "--max_steps=9", "--eval_every=3"]
+    faster = [*argv, "--learning_rate=0.1"]
+
+    def said(argv):
+        """What a run to the end prints."""
+        capsys.readouterr()
+        assert train_gpt2.main(argv) == 0
+        return capsys.readouterr().out
+
+    assert f"a new run in {at}\n" in said(argv)
     before = first.read_bytes()
-    assert f"a new run in {at}-2 ({at} is done)\n" in run()[1]
-    same_bytes(tmp_path / "run", tmp_path / "run-2")
-    assert f"{at}-3 ({at}-2 has learning_rate=0.008)" in run("--learning_rate=0.1")[1]
+    assert f"a new run in {at}-2 ({at} is done)\n" in said(argv)
+    same_bytes(at, tmp_path / "run-2")
+    assert f"{at}-3 ({at}-2 has learning_rate=0.008)" in said(faster)
     assert first.read_bytes() == before
-    status, output = run("--learning_rate=0.1", "--overwrite", main=functools.partial(stopped, 4))
-    assert f"a new run in {at}\n" in output and status == 128 + signal.SIGTERM
+
+    assert stopped(4, [*faster, "--overwrite"]) == 128 + signal.SIGTERM
+    output = capsys.readouterr().out
+    assert f"a new run in {at}\n" in output
     assert "the same command without --overwrite resumes it" in output
-    status, output = run("--learning_rate=0.1")
-    assert f"{at} from step 5 (to start over: --out_dir={at} --overwrite)\n" in output
-    assert first.read_bytes() != before and status == 0
+    assert f"{at} from step 5 (to start over: --out_dir={at} --overwrite)\n" in said(faster)
+    assert first.read_bytes() != before
+
     before = first.read_bytes()
-    argv = [*small_run, "--overwrite", f"--init_from={first}"]
-    assert f"would delete {first}" in fails(train_gpt2.main, argv, capsys)
+    line = fails(train_gpt2.main, [*argv, "--overwrite", f"--init_from={first}"], capsys)
+    assert f"would delete {first}" in line
     assert first.read_bytes() == before
-    (own := tmp_path / "own").mkdir()
+
+    own = tmp_path / "own"
+    own.mkdir()
     (own / "thesis.txt").write_text("mine")
-    assert f"{own}-2 ({own} holds other files)" in run(f"--out_dir={own}")[1]
+    assert f"{own}-2 ({own} holds other files)" in said([*argv, f"--out_dir={own}"])
     assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+
+
+def weights_of(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
 
 
 def test_evaluation_and_samples_leave_no_trace(small_run, tmp_path, monkeypatch):
     often, never = tmp_path / "often", tmp_path / "never"
     train_gpt2.main([*small_run, f"--out_dir={often}", "--eval_every=3", "--sample_every=4"])
-    nothing = {"val_loss": 1.0, "val_bits_per_byte": 1.0}
-    monkeypatch.setattr(train_gpt2, "evaluate", lambda *_: dict(nothing))
+    monkeypatch.setattr(train_gpt2, "evaluate",
+                        lambda *_: {"val_loss": 1.0, "val_bits_per_byte": 1.0})
     monkeypatch.setattr(train_gpt2.Run, "show_sample", lambda *_: None)
     train_gpt2.main([*small_run, f"--out_dir={never}"])
-    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (often, never))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    same_tensors(weights_of(often), weights_of(never))
 
 
 @pytest.mark.parametrize("rows", ["documents", "stream"])
 def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
-    common = [*small_run, "--dropout=0", "--dtype=float32", f"--rows={rows}",
-              "--total_batch_size=896", "--max_steps=8"]
-    common.remove("--grad_accum_steps=2")
+    small_run.remove("--grad_accum_steps=2")
+    argv = [*small_run, "--dropout=0", "--dtype=float32", f"--rows={rows}",
+            "--total_batch_size=896", "--max_steps=8"]
     found = []
-    for size in ("8", "4", "1"):
-        train_gpt2.main([*common, f"--batch_size={size}", f"--out_dir={tmp_path / size}"])
-        found.append([float(row["train_loss"]) for row in log_of(tmp_path / size)[:8]])
-        assert found[0] == pytest.approx(found[-1], abs=1e-5)
+    for size in (8, 4, 1):
+        folder = tmp_path / str(size)
+        train_gpt2.main([*argv, f"--batch_size={size}", f"--out_dir={folder}"])
+        found.append([float(row["train_loss"]) for row in log_of(folder)[:8]])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
 
 
-def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, capsys):
+def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, stories, tmp_path, capsys):
     argv = [*small_run, "--max_steps=20", "--dtype=float32"]
     train_gpt2.main(argv)
     path = tmp_path / "run" / "ckpt.pt"
@@ -138,47 +165,62 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, tmp_path, c
                                "best_val_loss", "code", "progress"}
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert set(best) == set(checkpoint) - {"optimizer"}
-    names = checkpoint["model"].keys()
-    assert "transformer.h.0.attn.c_attn.weight" in names and "lm_head.weight" not in names
-    assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
+    weights = checkpoint["model"]
+    assert "transformer.h.0.attn.c_attn.weight" in weights
+    assert "lm_head.weight" not in weights
+    for tensor in weights.values():
+        assert tensor.dtype == torch.float32
+
     last = float(log_of(tmp_path / "run")[-1]["val_loss"])
     train_gpt2.main([*argv, f"--init_from={path}", f"--out_dir={tmp_path / 'tuned'}"])
-    assert float(log_of(tmp_path / "tuned")[0]["val_loss"]) == pytest.approx(last, abs=1e-6)
+    first = float(log_of(tmp_path / "tuned")[0]["val_loss"])
+    assert first == pytest.approx(last, abs=1e-6)
     capsys.readouterr()
-    train_gpt2.main([argv[0], "--eval_tokens=2000", "--eval_only", f"--init_from={path}",
-                     "--dtype=float32"])  # the shape is the checkpoint's
-    assert f"\n{path} on {argv[0][11:]}: {last:.4f}, " in capsys.readouterr().out
+    train_gpt2.main([f"--data_dir={stories}", "--eval_tokens=2000", "--eval_only",
+                     f"--init_from={path}", "--dtype=float32"])  # the shape is the checkpoint's
+    assert f"\n{path} on {stories}: {last:.4f}, " in capsys.readouterr().out
 
 
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
     """Even with rare logs, and with no effect on the weights."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
     seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--sample_every=100000",
               "--checkpoint_every=100000", "--max_steps=100"]
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0
     assert "the same command resumes it" in capsys.readouterr().out
-    assert train_gpt2.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 100
+    assert train_gpt2.read_checkpoint(run / "ckpt.pt")["step"] < 100
     assert train_gpt2.main([*seldom, "--max_minutes=5"]) == 0
     output = capsys.readouterr().out
-    assert "continuing" in output and "done in" in output
-    train_gpt2.main([*seldom, f"--out_dir={tmp_path / 'whole'}"])
-    same_bytes(tmp_path / "whole", tmp_path / "run")
+    assert f"continuing {run}" in output
+    assert "done in" in output
+    train_gpt2.main([*seldom, f"--out_dir={whole}"])
+    same_bytes(whole, run)
 
 
 def test_throughput_is_that_of_training_alone(small_run, tmp_path, monkeypatch):
     """An evaluation that takes an hour changes nothing."""
-    evaluate, clock, hours = train_gpt2.evaluate, time.perf_counter, []
-    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: hours.append(1) or evaluate(*args))
+    evaluate, clock = train_gpt2.evaluate, time.perf_counter
+    hours = []
+
+    def evaluate_for_an_hour(*args):
+        hours.append(1)
+        return evaluate(*args)
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate_for_an_hour)
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: clock() + 3600 * len(hours))
     train_gpt2.main([*small_run, "--log_every=10"])
     first, *rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
-    assert not first["tokens_per_second"] and len(rows) == 3
+    assert first["tokens_per_second"] == ""
+    assert len(rows) == 3
     tokens = int(rows[1]["tokens"]) - int(rows[0]["tokens"])
-    assert all(float(row["tokens_per_second"]) > tokens / 60 for row in rows)
+    for row in rows:
+        assert float(row["tokens_per_second"]) > tokens / 60
 
 
 def test_without_a_compiler(small_run, tmp_path):
     """A run that asks for torch.compile warns, and trains."""
-    run = start([*small_run, "--max_steps=3", "--compile_model=true", "--device=cpu"],
-                CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    argv = [*small_run, "--max_steps=3", "--compile_model=true", "--device=cpu"]
+    cache = str(tmp_path / "cache")
+    run = start(argv, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=cache)
     output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0 and "torch.compile does not work here" in output
+    assert run.returncode == 0
+    assert "torch.compile does not work here" in output
