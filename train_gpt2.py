@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 # ======== PART 1: THE LESSON ========
 
-# ---- Settings (skim them at first, and begin with the model) ----
+# ---- Settings ----
 
 
 @dataclass
@@ -326,7 +326,7 @@ class GPT(nn.Module):
             # A head of zeros: the first loss is exactly ln V. With a scale of 5 in front of it, its
             # logits grow soon. Tried after 300 steps (bits per byte): 1.92; with neither 2.08
             nn.init.zeros_(self.lm_head.weight)
-            nn.init.constant_(self.transformer.ln_f.weight, 5.0)
+            nn.init.constant_(self.transformer.ln_f.weight, 5)
         if self.config.pos_encoding == "sinusoidal":
             table = sinusoids(self.config.block_size, self.config.n_embd)
             if tied:  # sines, with a root mean square of 0.7, would drown such an embedding
@@ -1103,7 +1103,7 @@ def compared(run, lines):
     differ = different_settings(found["settings"], run.place.settings)
     unfair = [name for name in differ if name in UNFAIR]
     if unfair:
-        said += f"; not a fair pair: {' and '.join(unfair)} differ"
+        said += f"; not a fair pair: other {' and '.join(unfair)}"
     text = [f"{said}\n\n| step | val here | val in {other} | difference |",
             "| --- | --- | --- | --- |", *table]
     text += [f"\n* {name} is {here} here, {there} there" for name, (there, here) in differ.items()]
@@ -1148,7 +1148,7 @@ def panel(top, title, curves, levels):
                       f'{step:,.0f}</text>')
     for name, value in levels.items():
         curves[name] = [(0, value), (last_step, value)]
-    lowest = top + 322
+    lowest = top + 316
     for name in sorted(curves, key=last_value):  # from the bottom up
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in curves[name])
         colour = COLOURS.get(name, "#888")  # another run's: grey, and by STYLE dashed
@@ -1156,7 +1156,8 @@ def panel(top, title, curves, levels):
             colour = "#999"  # dotted
         lowest = min(y(last_value(name)) + 4, lowest - 16)  # the names do not touch one another
         shapes.append(f'<path stroke="{colour}" d="M{path}"/><text x="558" y="{lowest:.1f}" '
-                      f'style="fill: {colour}">{name} {last_value(name):.4g}</text>')
+                      f'style="fill: {colour}">{name} {last_value(name):.4f}</text>')
+    shapes.append(f'<text x="576" y="{top + 320}">steps</text>')
     return "\n".join(shapes)
 
 
