@@ -263,8 +263,8 @@ def main(argv=None):
         if s.only in name:
             us, *peers = in_turns(s.turns, make())
             theirs = "not at hand |"
-            for peer in peers:  # one or none
-                theirs = f"{peer:,.4g} | {us / peer:.2f}"
+            if peers:
+                theirs = f"{peers[0]:,.4g} | {us / peers[0]:.2f}"
             print(f"| {name} | {us:,.4g} | {theirs} |", flush=True)
     return 0
 

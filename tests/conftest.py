@@ -144,6 +144,11 @@ def log_of(folder):
         return list(csv.DictReader(file))
 
 
+def column(folder, name):
+    """What was measured under this name, in the order of the log."""
+    return [float(row[name]) for row in log_of(folder) if row[name]]
+
+
 def contents(folder):
     """{path: the file's hash, or "folder"}"""
     found = {}

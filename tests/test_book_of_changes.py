@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, log_of
+from conftest import ROOT, column, log_of
 from test_sampling import check_cache
+from test_training import same_tensors, weights_of
 
 import train_gpt2
 
@@ -33,28 +34,21 @@ def head_and_diff(name):
     return head, diff
 
 
-def imported(name, path):
-    """A script as a module; what imports this name from now on gets it."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def patched(tmp_path, monkeypatch):
     """A function: "rope+muon" -> train_gpt2 and sample with these patches."""
-    for name in ("train_gpt2", "sample"):  # are put back afterwards
-        monkeypatch.setitem(sys.modules, name, None)
-
     def load(names):
         for script in ROOT.glob("*.py"):
             shutil.copy(script, tmp_path)
         for name in names.split("+"):
             subprocess.run(["git", "apply", CHANGES / f"{name}.patch"], cwd=tmp_path, check=True)
-        train_gpt2 = imported("train_gpt2", tmp_path / "train_gpt2.py")
-        return train_gpt2, imported("sample", tmp_path / "sample.py")
+        modules = []
+        for name in ("train_gpt2", "sample"):
+            spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+            modules.append(importlib.util.module_from_spec(spec))
+            monkeypatch.setitem(sys.modules, name, modules[-1])
+            spec.loader.exec_module(modules[-1])
+        return modules
     return load
 
 
@@ -70,10 +64,6 @@ def trained(module, argv, folder):
         assert module.main([*argv, f"--out_dir={folder}"]) == 0
     model = module.GPT.from_checkpoint(folder / "best.pt")
     return Trained(folder, log_of(folder), model.generate("Once", 50, seed=1))
-
-
-def weights_of(path):
-    return torch.load(path, weights_only=True)["model"]
 
 
 @pytest.fixture(scope="session")
@@ -164,10 +154,8 @@ def test_a_change_is_in_force_everywhere(names, patched, plain, tuned, stories, 
     broken = trained(train_gpt2, argv, tmp_path / "broken")
     assert f"continuing {broken.folder} from step 20" in capsys.readouterr().out
     assert changes(broken, whole) == ""
-    weights = weights_of(whole.folder / "ckpt.pt")
-    resumed = weights_of(broken.folder / "ckpt.pt")
-    for name in weights:
-        assert torch.equal(weights[name], resumed[name])
+    weights = weights_of(whole.folder)
+    same_tensors(weights, weights_of(broken.folder))
 
     if names == "gqa":  # of other shapes: a run of the plain model stays
         there = shutil.copytree(plain.folder, tmp_path / "run")
@@ -188,8 +176,8 @@ def test_a_change_is_in_force_everywhere(names, patched, plain, tuned, stories, 
     s = train_gpt2.Settings(data_dir=stories)
     loader = train_gpt2.open_rows(s, train_gpt2.open_data(stories), "val", None)
     _, loss = model(*loader.batch(range(1000 // 112)))
-    logged = min(float(row["val_loss"]) for row in whole.log if row["val_loss"])
-    assert logged == pytest.approx(loss.item(), abs=1e-5)
+    lowest = min(column(whole.folder, "val_loss"))
+    assert lowest == pytest.approx(loss.item(), abs=1e-5)
     capsys.readouterr()
     assert sample.main(["Once", f"--checkpoint={best}", "--max_new_tokens=10"]) == 0
     assert capsys.readouterr().out.startswith("Once")

@@ -2,11 +2,11 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, RUN, random_model, stopped
+from test_evaluation import check_hellaswag
 from test_sampling import check_cache
 
 import train_gpt2
@@ -15,24 +15,6 @@ from train_gpt2 import GPT, GPTConfig, Process, Settings
 
 def use_silu(patch):
     patch.setattr(train_gpt2.MLP, "forward", lambda mlp, x: mlp.c_proj(F.silu(mlp.c_fc(x))))
-
-
-def use_rotary_positions(patch):
-    """RoPE (Su et al. 2021): queries and keys turn by an angle that grows with the position."""
-    plain_attention = train_gpt2.causal_attention
-
-    def turned(x, start):  # (B, n_head, T, head_dim)
-        T, D = x.shape[-2:]
-        position = torch.arange(start, start + T)[:, None]
-        angle = position * 100 ** (-torch.arange(0, D, 2) / D)  # (T, D / 2)
-        turn = torch.polar(torch.ones_like(angle), angle)
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-    def attention(q, k, v, *options):
-        start = k.size(-2) - q.size(-2)  # the tokens in the cache
-        return plain_attention(turned(q, start), turned(k, 0), v, *options)
-    patch.setattr(train_gpt2, "causal_attention", attention)
 
 
 def check_validation(model, folder, dtype, tolerance):
@@ -46,32 +28,8 @@ def check_validation(model, folder, dtype, tolerance):
     assert found["val_loss"] == pytest.approx(expected.item(), abs=tolerance)
 
 
-def loss_of(model, context, ending):
-    """The mean over an ending's tokens."""
-    ids = torch.tensor([context + ending])
-    targets = ids[:, 1:].clone()
-    targets[:, :len(context) - 1] = -1
-    _, loss = model(ids[:, :-1], targets)
-    return loss.item()
-
-
-def check_hellaswag(model):
-    encode = model.tokenizer.encode
-    contexts = ["Once there was a girl", "Ben", "Every night Mia dreamed of a map. Poor Mia"]
-    endings = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
-    questions = [(context, endings, 0) for context in contexts]
-    process = Process(Settings(device="cpu", dtype="float32"))
-    chosen = train_gpt2.hellaswag(model, questions, process)
-    lengths = [len(encode(ending)) for ending in endings]
-    for context, choices in zip(contexts, chosen, strict=True):
-        means = [loss_of(model, encode(context), encode(ending)) for ending in endings]
-        sums = np.multiply(means, lengths)
-        assert choices.tolist() == [np.argmin(sums), np.argmin(means)]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("change", [use_silu, use_rotary_positions])
-def test_everything_uses_the_changed_model(change, stories, monkeypatch):
+def test_everything_uses_the_changed_model(stories, monkeypatch):
     tokenizer = train_gpt2.open_data(stories).tokenizer
     config = GPTConfig(tokenizer.vocab_size, 112, n_layer=2, n_head=2, n_embd=32)
     torch.manual_seed(0)
@@ -79,13 +37,15 @@ def test_everything_uses_the_changed_model(change, stories, monkeypatch):
     model.tokenizer = tokenizer
     idx = torch.arange(40)[None]
     plain, _ = model(idx)
-    change(monkeypatch)
+    use_silu(monkeypatch)
     changed, _ = model(idx)
     assert not torch.allclose(changed, plain, atol=0.1)
     check_cache(model, idx, 60)  # logits with the cache, and greedy text
     check_validation(model, stories, "float32", 1e-5)
     check_validation(model, stories, "bfloat16", 1e-3)
-    check_hellaswag(model)
+    endings = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
+    contexts = ["Once there was a girl", "Ben", "Every night Mia dreamed of a map. Poor Mia"]
+    check_hellaswag(model, [(context, endings, 0) for context in contexts])
 
 
 def test_the_cache_serves_a_head_of_its_own():

@@ -85,11 +85,23 @@ def questions_of(shared_file, count):
 
 
 @torch.no_grad()
-def nats_of(theirs, context, ending):
-    """-ln p of each token of an ending, by transformers' model."""
-    idx = torch.tensor([context + ending[:-1]])
-    logits = theirs(idx).logits[0, -len(ending):]
-    return F.cross_entropy(logits, torch.tensor(ending), reduction="none")
+def check_hellaswag(model, questions, logits_of=None):
+    """The model chooses the endings that are likeliest by these logits, its own if need be."""
+    logits_of = logits_of or (lambda idx: model(idx)[0])
+    encode, T = model.tokenizer.encode, model.config.block_size
+    chosen = hellaswag(model, questions, Process(Settings(device="cpu", dtype="float32")))
+    for (context, endings, _), choices in zip(questions, chosen, strict=True):
+        endings = [encode(ending)[:T] for ending in endings]
+        room = T + 1 - max(map(len, endings))
+        context = encode(context)[-room:]
+        sums, means = [], []
+        for ending in endings:
+            idx = torch.tensor([context + ending[:-1]])
+            logits = logits_of(idx)[0, -len(ending):]
+            nats = F.cross_entropy(logits, torch.tensor(ending), reduction="none")
+            sums.append(nats.sum())
+            means.append(nats.mean())
+        assert choices.tolist() == [np.argmin(sums), np.argmin(means)]
 
 
 @pytest.mark.parametrize("block_size", [1024, 40])
@@ -98,16 +110,7 @@ def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vo
     questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # one token
     model = small_model(gpt2_vocabulary, block_size)
     theirs = to_transformers(model)
-    encode = gpt2_vocabulary.encode
-    chosen = hellaswag(model, questions, Process(Settings(device="cpu", dtype="float32")))
-    for (context, endings, _), choices in zip(questions, chosen, strict=True):
-        endings = [encode(ending)[:block_size] for ending in endings]
-        room = block_size + 1 - max(map(len, endings))
-        context = encode(context)[-room:]
-        nats = [nats_of(theirs, context, ending) for ending in endings]
-        best = np.argmin([each.sum() for each in nats])
-        best_per_token = np.argmin([each.mean() for each in nats])
-        assert choices.tolist() == [best, best_per_token]
+    check_hellaswag(model, questions, lambda idx: theirs(idx).logits)
 
 
 def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path, monkeypatch,

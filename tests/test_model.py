@@ -121,8 +121,7 @@ def test_clipping_and_adamw_by_hand():
 def test_manual_attention_is_flash_attention(dtype, queries):
     torch.manual_seed(3)
     q = torch.randn(2, 3, queries, 16, dtype=dtype, requires_grad=True)
-    k = torch.randn(2, 3, 20, 16, dtype=dtype, requires_grad=True)
-    v = torch.randn(2, 3, 20, 16, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, 2, 3, 20, 16, dtype=dtype, requires_grad=True)
     flash = causal_attention(q, k, v, flash=True)
     manual = causal_attention(q, k, v, flash=False)
     assert (flash - manual).abs().max() < 1e-5
@@ -163,13 +162,15 @@ def test_initial_weights(tied, init_std, matrices, embeddings, sinusoids):
     shape = SMALL | dict(n_embd=96, n_layer=8, tie_weights=tied)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape), init_std)
-    block = model.transformer.h[0]
-    assert size(block.attn.c_attn.weight) == pytest.approx(matrices, rel=0.05)
-    assert size(block.mlp.c_fc.weight) == pytest.approx(matrices, rel=0.05)
-    assert size(block.attn.c_proj.weight) == pytest.approx(matrices / 4, rel=0.05)
-    assert size(block.mlp.c_proj.weight) == pytest.approx(matrices / 4, rel=0.05)
-    assert size(model.transformer.wte.weight) == pytest.approx(embeddings, rel=0.05)
-    assert size(model.transformer.wpe.weight) == pytest.approx(embeddings, rel=0.05)
+    weights = model.state_dict()
+    for name, expected in {
+            "transformer.wte": embeddings,
+            "transformer.wpe": embeddings,
+            "transformer.h.0.attn.c_attn": matrices,
+            "transformer.h.0.attn.c_proj": matrices / 4,
+            "transformer.h.0.mlp.c_fc": matrices,
+            "transformer.h.0.mlp.c_proj": matrices / 4}.items():
+        assert size(weights[f"{name}.weight"]) == pytest.approx(expected, rel=0.05), name
     if not tied:
         assert size(model.lm_head.weight) == 0
         assert size(model.transformer.ln_f.weight) == 5

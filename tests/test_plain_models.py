@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, log_of
+from conftest import FULL, column
 from test_data import lines_of, prepare
 from test_evaluation import evaluated
 from torch import nn
@@ -151,12 +151,9 @@ def test_a_plain_gpt2_takes_the_same_steps(origin, max_steps, warmup, stories, t
         f"--init_from={path}", f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}",
         "--rows=stream", "--batch_size=2", "--learning_rate=6e-4", f"--warmup_steps={warmup}",
         f"--max_steps={max_steps}", "--dtype=float32", "--log_every=1", "--eval_tokens=112"])
-    log = log_of(tmp_path / "run")
-    ours = [float(row["train_loss"]) for row in log[:max_steps]]
+    ours = column(tmp_path / "run", "train_loss")
     loader = ShardedLoader(data, "train", 112, "stream", 1)
     plain = train_plainly(copy_of(path), loader, 2, max_steps, warmup, 6e-4)
-    differences = torch.tensor(ours) - torch.tensor(plain)
-    print(f"largest difference: {differences.abs().max():.1e}")
     assert ours == pytest.approx(plain, abs=1e-3)
     assert ours[-1] < ours[0]
 
@@ -195,8 +192,7 @@ def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
         "--dtype=float32"])
     assert (run / "samples.md").read_text().count("## Step") == 2
     assert "bits per byte" in (run / "report.md").read_text()
-    first, *_, last = log_of(run)
-    ours = float(last["val_bits_per_byte"])
+    first, *_, ours = column(run, "val_bits_per_byte")
 
     torch.manual_seed(1)
     original = PlainModel(V, T, 12, 8, C, original=True)
@@ -204,5 +200,5 @@ def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
     train_plainly(original, loader, rows, max_steps, 10, 1e-3)
     theirs = evaluated(data, original, rows="stream", block_size=T)["val_bits_per_byte"]
     print(f"bits per byte after {max_steps} steps: gpt2_nano {ours:.3f}, original {theirs:.3f}")
-    assert ours < 0.96 * float(first["val_bits_per_byte"])
+    assert ours < 0.96 * first
     assert ours < 1.02 * theirs

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 - what an optimizer imports: here, children need not
-from conftest import FULL, ROOT, fails, log_of, posix, small_files, stop_after, stopped
+from conftest import FULL, ROOT, column, fails, posix, small_files, stop_after, stopped
 from test_training import compare, losses, same_bytes
 
 import train_gpt2
@@ -230,11 +230,6 @@ def test_a_full_disk(tiny_run, tmp_path, capsys):
 
 def stop_after_ten_steps():
     train_gpt2.StopRequest.requested = stop_after(9)
-
-
-def column(folder, name):
-    """What was measured under this name, in the order of the log."""
-    return [float(row[name]) for row in log_of(folder) if row[name]]
 
 
 def test_other_numbers_of_processes(tiny_run, tmp_path):

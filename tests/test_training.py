@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fails, log_of, posix, stopped
+from conftest import ROOT, column, fails, log_of, posix, stopped
 
 import train_gpt2
 
@@ -151,7 +151,8 @@ def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
     for size in (8, 4, 1):
         folder = tmp_path / str(size)
         train_gpt2.main([*argv, f"--batch_size={size}", f"--out_dir={folder}"])
-        found.append([float(row["train_loss"]) for row in log_of(folder)[:8]])
+        found.append(column(folder, "train_loss"))
+    assert len(found[0]) == 8
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     assert found[2] == pytest.approx(found[0], abs=1e-5)
 
@@ -171,9 +172,9 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, stories, tm
     for tensor in weights.values():
         assert tensor.dtype == torch.float32
 
-    last = float(log_of(tmp_path / "run")[-1]["val_loss"])
+    *_, last = column(tmp_path / "run", "val_loss")
     train_gpt2.main([*argv, f"--init_from={path}", f"--out_dir={tmp_path / 'tuned'}"])
-    first = float(log_of(tmp_path / "tuned")[0]["val_loss"])
+    first, *_ = column(tmp_path / "tuned", "val_loss")
     assert first == pytest.approx(last, abs=1e-6)
     capsys.readouterr()
     train_gpt2.main([f"--data_dir={stories}", "--eval_tokens=2000", "--eval_only",
