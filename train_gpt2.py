@@ -14,6 +14,7 @@ import csv
 import ctypes
 import difflib
 import functools
+import html
 import inspect
 import itertools
 import json
@@ -740,6 +741,10 @@ class Run:
     def keep(self, step, found):
         """Keep what was measured for the next line of the log; draw the report anew."""
         self.measured |= {"step": step, "tokens": self.tokens} | found
+        other = self.place.other
+        if other and unreadable(other):  # somebody has removed it in the meantime
+            self.say(f"note: no longer compared with {other}: {unreadable(other)}")
+            self.place.other = None
         if self.process.is_master:
             write_report(self, [*read_log(self.folder), self.measured])
         self.restart_clock()
@@ -1053,6 +1058,16 @@ def other_code(found, part=lesson):
     return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
+def unreadable(folder):
+    """Why a run cannot be compared with; empty if it can."""
+    try:
+        read_checkpoint(folder / "ckpt.pt")
+        read_log(folder)
+    except (UserError, OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def other_run(s, base, folder):
     """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
     other = base
@@ -1062,12 +1077,11 @@ def other_run(s, base, folder):
         other = Path("out", s.preset)
     if other.resolve() == folder.resolve() or not (s.compare or other.exists()):
         return None
-    try:
-        settings = read_checkpoint(other / "ckpt.pt")["settings"]
-        read_log(other)
-    except (UserError, OSError, ValueError) as error:
-        print(f"note: not compared with {other}: {error}")
+    problem = unreadable(other)
+    if problem:
+        print(f"note: not compared with {other}: {problem}")
         return None
+    settings = read_checkpoint(other / "ckpt.pt")["settings"]
     return other if s.compare or settings.get("data_dir") == s.data_dir else None
 
 
@@ -1169,9 +1183,9 @@ def write_report(run, lines):
         levels["floor"] = last["val_loss"] - last["above_floor"]
     curves = {"training": points(lines, "train_loss"), "validation": points(lines, "val_loss")}
     if other:
-        curves[other.as_posix()[-18:]] = points(read_log(other), "val_loss")
+        curves[html.escape(other.as_posix()[-18:])] = points(read_log(other), "val_loss")
         comparison = f"\n## Compared with {other}\n\n{compared(run, lines)}\n"
-    panels = [panel(0, f"{folder.name}: loss, in nats per token", curves, levels)]
+    panels = [panel(0, f"{html.escape(folder.name)}: loss, in nats per token", curves, levels)]
     if "above_floor" in last:
         skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
         panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))

@@ -271,6 +271,20 @@ def test_a_damaged_run_is_left_out(scripts, small_run, tmp_path, capsys):
     assert f"note: not compared with {tmp_path / 'damaged'}: " in output
 
 
+def test_a_run_that_is_removed_meanwhile(scripts, small_run, tmp_path, capsys):
+    train_gpt2, _ = scripts()
+    train_gpt2.main([*small_run, *SHORT, f"--out_dir={tmp_path / 'a&b'}"])
+    log_step = train_gpt2.Run.log_step
+
+    def remove(run, *args):
+        shutil.rmtree(tmp_path / "a&b", ignore_errors=True)
+        log_step(run, *args)
+    train_gpt2.Run.log_step = remove
+    assert train_gpt2.main([*small_run, *SHORT, f"--compare={tmp_path / 'a&b'}"]) == 0
+    assert f"note: no longer compared with {tmp_path / 'a&b'}: " in capsys.readouterr().out
+    ElementTree.parse(tmp_path / "run" / "loss.svg")
+
+
 # ---- The picture ----
 
 
