@@ -76,7 +76,7 @@ os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error",
 
 @dataclass
 class Settings:
-    dataset: str = "stories"  # a name from above, or .txt, .jsonl, .parquet files (globs, .gz too)
+    dataset: str | list = "stories"  # a name from above, or .txt, .jsonl, .parquet files, globs
     tokenizer: Literal["auto", "gpt2", "bpe", "sentencepiece", "char"] = "auto"  # auto: as above
     vocab_size: int = 1024  # of a bpe: bytes, merges and <|endoftext|>
     text_column: str = "text"  # the column of a .jsonl, .parquet or hf: data set with the text

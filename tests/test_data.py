@@ -440,3 +440,14 @@ def test_baselines_are_those_of_a_plain_count(tmp_path):
     counts = np.bincount(train, minlength=30)
     found = prepare_data.baselines(paths[:4], paths[4:], counts)
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_several_files_on_the_command_line(tmp_path):
+    """As the shell writes *.txt out."""
+    files = []
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(f"This is {name}. " * 50, encoding="utf-8")
+        files.append(str(tmp_path / name))
+    prepare_data.main([*files, "--vocab_size=257", f"--out_dir={tmp_path / 'data'}"])
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 3
