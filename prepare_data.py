@@ -8,7 +8,8 @@
     python prepare_data.py hf:OWNER/NAME:CONFIG    # of the hub
     python prepare_data.py hellaswag
     python prepare_data.py gpt2                    # OpenAI's weights -> out/openai-gpt2/best.pt
-    python prepare_data.py my_folder               # of transformers
+    python prepare_data.py model:OWNER/NAME        # another GPT-2 of the hub
+    python prepare_data.py my_folder               # of transformers, or nanoGPT's ckpt.pt
 
 A source gives documents, a tokenizer turns them into ids, and these go to shards; meta.json,
 written last, describes them. After a stop, the same command continues.
@@ -30,6 +31,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,18 +91,8 @@ class Settings:
 
 # ---- A user's mistakes, in one line each ----
 
-# Base classes of network errors in Python, requests, httpx and aiohttp
-NETWORK = {"ConnectionError", "Timeout", "TimeoutError", "TransportError", "ClientConnectionError",
-           "OfflineModeIsEnabled"}
-
-
-def is_network_error(error):
-    """Whether the network failed: by the classes of an exception and of its causes."""
-    while error:
-        if NETWORK & {base.__name__ for base in type(error).__mro__}:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+# What the exceptions of Python's and the hub's libraries are called when a network fails
+NETWORK = re.compile(r"^[\w.]*(Connect|Timeout|Transport|Proxy|SSL|Offline|gaierror)\w*(:|$)", re.M)
 
 
 @contextlib.contextmanager
@@ -112,7 +104,7 @@ def one_line(what, advice=""):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        if is_network_error(error):
+        if NETWORK.search("".join(traceback.format_exception(error))):
             reason = "the network failed; later, the same command goes on"
         raise UserError(f"{what} ({textwrap.shorten(reason, 200)}){advice}") from None
 
@@ -137,7 +129,6 @@ class Place(NamedTuple):
     where: Any = 0
     characters: int = 0
     documents: int = 0
-    skipped: int = 0
 
 
 START = Place()
@@ -152,20 +143,17 @@ class Part:
     last: int = sys.maxsize
 
     def pieces(self, place=START):
-        """Yields (place, text, begins), at the end an empty text. pieces(place) goes on there."""
-        where, characters, documents, skipped = place
+        """Yields (place, text, begins). A text may be empty. pieces(place) goes on there."""
+        where, characters, documents = place
         for where, (text, begins) in self.source(place[0]):
             inside = text[max(0, self.first - characters):max(0, self.last - characters)]
-            if inside:
-                begins = begins or characters <= self.first
-                yield Place(where, characters, documents, skipped), inside, begins
-                documents += begins
-            elif characters >= self.last:
+            if characters >= self.last:
                 break
-            elif not text and characters >= self.first:
-                skipped += 1
+            if inside or not text and characters >= self.first:
+                begins = inside != "" and (begins or characters <= self.first)
+                yield Place(where, characters, documents), inside, begins
+                documents += begins
             characters += len(text)
-        yield Place(where, characters, documents, skipped), "", False
 
 
 def at_hand(read, where):
@@ -189,8 +177,8 @@ PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 
 
 def open_file(path, mode, **how):
-    library = PACKED.get(Path(path).suffix.lower(), "io")
-    return importlib.import_module(library).open(path, mode, **how)
+    library = importlib.import_module(PACKED.get(Path(path).suffix.lower(), "io"))
+    return library.open(path, mode, **how)
 
 
 def read_text(path, column):
@@ -249,9 +237,8 @@ def read_parquet(path, column):
     # A megabyte at a time: by itself the library reads a gigabyte ahead
     with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         check_column(file.schema_arrow, column)
-        tables = file.iter_batches(ROWS, columns=[column])
-        values = itertools.chain.from_iterable(table.column(0) for table in tables)
-        for row, value in enumerate(values, 1):
+        columns = (table.column(0) for table in file.iter_batches(ROWS, columns=[column]))
+        for row, value in enumerate(itertools.chain.from_iterable(columns), 1):
             yield text_of(value, f"{path}, row {row}"), True
 
 
@@ -313,14 +300,6 @@ def reader_of(path):
     return READERS.get(unpacked(path).suffix.lower(), read_text)
 
 
-def what_is(path):
-    if os.path.isdir(path):
-        return "a folder"
-    for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
-        return f"no such file, did you mean {near}"
-    return "no such file"
-
-
 def find_files(words):
     """The files that paths and patterns name; [] for a data set that is not files."""
     if words[0] in OURS or HUB_NAME.fullmatch(words[0]):
@@ -333,7 +312,10 @@ def find_files(words):
             paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"cannot read {path} ({what_is(path)}): name files, hf:OWNER/NAME (a "
+            what = "a folder" if os.path.isdir(path) else "no such file"
+            for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
+                what = f"no such file, did you mean {near}"
+            raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME (a "
                             "data set of the hub), model:OWNER/NAME (a GPT-2 there), or one of "
                             f"{', '.join(OURS)}")
     readers = {*map(reader_of, paths)}
@@ -370,7 +352,7 @@ def columns_of(path):
     if reader_of(path) is not read_lines:
         return ""
     with open_file(path, "rb") as file:
-        row = json.loads(next(filter(bytes.strip, file), b"0").decode("utf-8-sig"))
+        row = json.loads(next(filter(bytes.strip, file), b"0"))
     return f"; its first line has {', '.join(row)}" if isinstance(row, dict) else ""
 
 
@@ -379,12 +361,13 @@ def split_source(source, s, paths=(), enough=sys.maxsize):
     input shows early. But a stream that has more than `enough` characters is cut there: its first
     documents are for validation, since its end is far."""
     starts = array.array("q")
-    for place, _, begins in Part(source).pieces():
-        size = place.characters
+    size = 0
+    for _, text, begins in Part(source).pieces():
         if begins:
             if size >= enough:
                 return {"train": Part(source, size), "val": Part(source, 0, size)}
             starts.append(size)
+        size += len(text)
     if not starts:
         raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}"
                         f"{''.join(map(columns_of, paths[:1]))}")
@@ -396,7 +379,7 @@ def split_source(source, s, paths=(), enough=sys.maxsize):
     elif len(starts) > 1:
         cut = min(starts[1:], key=lambda start: abs(start - cut))
     if min(cut, size - cut) < 4:
-        raise UserError(f"{s.dataset} is too short: a split has {min(cut, size - cut)} characters")
+        raise UserError(f"{s.dataset} is too short: {size} characters")
     return {"train": Part(source, 0, cut), "val": Part(source, cut)}
 
 
@@ -412,11 +395,11 @@ def open_repository(s):
     train = partial(read_hub, (name, config, first), s.text_column)
     if own:
         print(f"train is the split {first}, val the split {own[0]}")
-        val = partial(read_hub, (name, config, own[0]), s.text_column)
-        return {"train": Part(train), "val": Part(val)}
+        return {"train": Part(train),
+                "val": Part(partial(read_hub, (name, config, own[0]), s.text_column))}
     print(f"train and val are two parts of the split {first}")
-    tokens = min(s.shard_tokens, (s.max_tokens or sys.maxsize) * s.val_fraction)
-    return split_source(train, s, (), 4 * max(1, int(tokens)))
+    wanted = int(min(s.shard_tokens, (s.max_tokens or sys.maxsize) * s.val_fraction))
+    return split_source(train, s, (), 4 * max(1, wanted))
 
 
 def split_stories(s):
@@ -457,7 +440,7 @@ def write_hellaswag(s):
 
 # ---- Tokenizers ----
 
-BPE_SAMPLE = 15_000_000  # bytes of text that a BPE learns from
+BPE_SAMPLE = 15_000_000  # characters that a BPE learns from
 LONGEST = 100_000
 # GPT-2's pattern always cuts before a space or line break that a visible character follows: the ids
 # of the two sides are those of the whole. (?r) searches backwards
@@ -505,12 +488,12 @@ def make_tokenizer(kind, parts, s):
 
 
 def sample_of(part):
-    texts, room = [], BPE_SAMPLE
+    """The first documents of a part, about BPE_SAMPLE characters."""
+    texts, size = [], 0
     for _, text, _ in part.pieces():
-        start = text.encode()[:room]
-        texts.append(start.decode("utf-8", "ignore"))
-        room -= len(start)
-        if room == 0:
+        texts.append(text)
+        size += len(text)
+        if size >= BPE_SAMPLE:
             break
     return texts
 
@@ -518,9 +501,9 @@ def sample_of(part):
 def character_spec(parts):
     alphabet = set()
     for part in parts.values():
-        for place, text, _ in part.pieces():
+        for place, text, begins in part.pieces():
             alphabet.update(text)
-            if place.documents > 1:
+            if begins and place.documents > 0:
                 alphabet.add("\n")  # a blank line stands between two
     if len(alphabet) > 65_536:
         raise UserError(f"{len(alphabet):,} distinct characters: use --tokenizer=bpe")
@@ -530,19 +513,21 @@ def character_spec(parts):
 def train_sentencepiece(texts, vocab_size):
     """The spec of a SentencePiece BPE. It writes rare characters in bytes, so no text needs its
     unknown token, <|endoftext|>. Every text comes back, but U+2581 becomes a space."""
-    pieces = [safe_pieces(text, 1000) for text in texts]  # the library takes 4,192 bytes at most
     model = io.BytesIO()
+    # The library takes 4,192 bytes at most
+    pieces = itertools.chain.from_iterable(safe_pieces(text, 1000) for text in texts)
     with one_line("SentencePiece fails", ": pip install sentencepiece, or raise --vocab_size"):
         import sentencepiece
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain(*pieces), model_writer=model, model_type="bpe",
+            sentence_iterator=pieces, model_writer=model, model_type="bpe",
             vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True, required_chars="▁",
             normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, unk_id=256, bos_id=-1, eos_id=-1, num_threads=1,
             minloglevel=2)
         learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    names = learned.id_to_piece([*range(257, len(learned))])
-    tokens = [*BYTES, *(name.replace("▁", " ").encode() for name in names)]
+    tokens = [*BYTES]
+    for name in learned.id_to_piece([*range(257, len(learned))]):
+        tokens.append(name.replace("▁", " ").encode())
     return {"kind": "sentencepiece", "ranks": as_text(tokens),
             "model": model.getvalue().decode("latin-1")}
 
@@ -558,14 +543,15 @@ def encode_array(tokenizer, text):
     if kind == "sentencepiece":
         ids = [*map(tokenizer.encode, pieces)]
     else:
-        encode = tokenizer.encoding.encode_to_numpy
-        ids = [encode(piece, disallowed_special=()) for piece in pieces]
+        encode = partial(tokenizer.encoding.encode_to_numpy, disallowed_special=())
+        ids = [*map(encode, pieces)]
     return np.concatenate(ids).astype(np.uint16)
 
 
 # ---- Shards ----
 
 BATCH = 16  # pieces that a thread encodes at a time
+NEW = dict(shards=0, place=START, used=0, documents=0, skipped=0)  # a split's state
 
 
 def separator(tokenizer):
@@ -601,10 +587,13 @@ def encoded(pieces, tokenizer):
 def write_split(s, path, part, tokenizer, at):
     """Writes the shards <path>_000001.bin .. of a part, from where `at` says: `used` ids after its
     place. Yields after each, when `at` says where the next one begins: nowhere, at the end."""
-    limit, end = sys.maxsize, np.array([] if tokenizer.eot is None else [tokenizer.eot], np.uint16)
-    if path.endswith("train") and s.max_tokens:
-        limit = s.max_tokens - len(end)
-    tokens, used = at["tokens"], at["used"]
+    number, limit, end = at["shards"], sys.maxsize, []
+    if tokenizer.eot is not None:
+        end = [tokenizer.eot]
+    if path.endswith("train"):
+        number += 1  # llm.c's numbers: a validation shard is 0, those for training are 1, 2, ...
+        limit = (s.max_tokens or sys.maxsize) - len(end)
+    tokens, used = at["shards"] * s.shard_tokens, at["used"]
     waiting, size = [], 0
     pieces = encoded(part.pieces(at["place"]), tokenizer)
     bar = tqdm(desc=path[-5:], unit=" tokens", unit_scale=True, initial=tokens, disable=None)
@@ -617,15 +606,18 @@ def write_split(s, path, part, tokenizer, at):
             while size > s.shard_tokens:
                 ids = np.concatenate(waiting)
                 waiting, size = [ids[s.shard_tokens:]], size - s.shard_tokens
-                write_shard(f"{path}_{at['number']:06d}.bin", ids[:s.shard_tokens])
-                at.update(number=at["number"] + 1, tokens=tokens - size, place=place,
-                          used=used - size)
+                write_shard(f"{path}_{number:06d}.bin", ids[:s.shard_tokens])
+                number += 1
+                at.update(shards=at["shards"] + 1, place=place, used=used - size)
                 yield
-            at.update(documents=place.documents + begins, skipped=place.skipped)
+            at["documents"] = place.documents + begins
+            if len(ids) == 0:
+                at["skipped"] += 1
             if tokens == limit:
                 break
             used = 0
-    write_shard(f"{path}_{at['number']:06d}.bin", np.concatenate([*waiting, end]))
+    waiting.append(np.array(end, np.uint16))
+    write_shard(f"{path}_{number:06d}.bin", np.concatenate(waiting))
     at["place"] = None
     yield
 
@@ -694,11 +686,11 @@ def baselines(train, val, counts):
 
 
 def describe(folder, name, tokenizer, splits):
-    meta, shards, counts = {"dataset": name, "tokenizer": tokenizer.spec}, {}, {}
-    for split, paths in shard_paths(folder).items():
-        shards[split] = [path for path in paths if path.stat().st_size > 1024]
+    """What meta.json says of the shards."""
+    meta, shards, counts = {"dataset": name, "tokenizer": tokenizer.spec}, shard_paths(folder), {}
+    for split, at in splits.items():
         counts[split] = count_tokens(shards[split], tokenizer.vocab_size)
-        meta[split] = {"tokens": int(counts[split].sum()), "documents": splits[split]["documents"],
+        meta[split] = {"tokens": int(counts[split].sum()), "documents": at["documents"],
                        "bytes": int(counts[split] @ tokenizer.token_bytes())}
     meta["landmarks"] = baselines(shards["train"], shards["val"], counts["train"])
     return meta
@@ -709,16 +701,14 @@ def report(folder, meta):
         its = meta[split]
         print(f"{split}: {its['documents']:,} documents, {its['tokens']:,} tokens, "
               f"{its['bytes'] / its['tokens']:.2f} bytes per token")
-    losses = dict(meta["landmarks"])
-    if "entropy_floor" in meta:
-        losses["entropy_floor"] = meta["entropy_floor"]
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-    print(f"{meta['tokenizer']['kind']} tokenizer; baselines in nats per token: {shown}")
-    where = folder.as_posix()
+    losses = meta["landmarks"] | {"entropy_floor": meta.get("entropy_floor")}
+    shown = [f"{name} {value:.4f}" for name, value in losses.items() if value]
+    print(f"{meta['tokenizer']['kind']} tokenizer; baselines in nats per token: "
+          f"{', '.join(shown)}")
+    where, command = folder.as_posix(), ["python", "train_gpt2.py"]
     presets = [name for name, change in PRESETS.items() if change.get("data_dir") == where]
-    command = ["python", "train_gpt2.py"]
     if presets:
-        command.append(f"--preset={' or '.join(presets)}")
+        command.append(f"--preset={presets[0]}")
     elif where != "data/stories":
         command += [f"--data_dir={folder}", f"--out_dir=out/{folder.name}", "--rows=stream"]
     print(f"written to {folder}; now: {shlex.join(command)}")
@@ -786,9 +776,7 @@ def prepare(s):
     make_folder(folder)
     write_text(folder / PROGRESS, json.dumps(progress))
     for split, part in parts.items():
-        # llm.c's numbers: a validation shard is 0, those for training are 1, 2, ...
-        new = {"number": 1 if split == "train" else 0, "tokens": 0, "place": START, "used": 0}
-        at = progress["splits"].setdefault(split, new)
+        at = progress["splits"].setdefault(split, NEW | {})
         if at["place"]:
             for _ in write_split(s, f"{folder / name}_{split}", part, tokenizer, at):
                 # After the shard: if a kill comes between, it is written again
@@ -835,28 +823,26 @@ def train_bpe(texts, vocab_size):
     corpus = Corpus(count_words(texts))
     tokens, merges, waiting = [*BYTES], [], collections.defaultdict(list)
     names = partial(names_of, tokens)
-    for pair, count in corpus.pairs_of_bytes():
+    for pair, count in corpus.keep(corpus.token[:-1], corpus.token[1:], corpus.before[1:]):
         waiting[count].append(pair)
-    with tqdm(total=vocab_size - 257, desc="merges", disable=None) as bar:
-        while waiting and len(merges) < vocab_size - 257:
-            most = max(waiting)
-            best = sorted(waiting.pop(most), key=names)
-            # Now no pair outside of `best` occurs so often, and of those in it the last comes first
-            while best and len(merges) < vocab_size - 257:
-                pair = best.pop()
-                count = corpus.recount(pair)
+    while waiting and len(merges) < vocab_size - 257:
+        most = max(waiting)
+        best = sorted(waiting.pop(most), key=names)
+        # Now no pair outside of `best` occurs so often, and of those in it the last comes first
+        while best and len(merges) < vocab_size - 257:
+            pair = best.pop()
+            count = corpus.recount(pair)
+            if count < most:
+                waiting[count].append(pair)
+                continue
+            merges.append(names(pair))
+            tokens.append(b"".join(merges[-1]))
+            for made, count in corpus.merge(pair, len(tokens) - 1):
                 if count < most:
-                    waiting[count].append(pair)
-                    continue
-                merges.append(names(pair))
-                tokens.append(b"".join(merges[-1]))
-                for made, count in corpus.merge(pair, len(tokens) - 1):
-                    if count < most:
-                        waiting[count].append(made)
-                    else:
-                        bisect.insort(best, made, key=names)
-                bar.update()
-            waiting.pop(0, None)
+                    waiting[count].append(made)
+                else:
+                    bisect.insort(best, made, key=names)
+        waiting.pop(0, None)
     return merges
 
 
@@ -874,41 +860,34 @@ def count_words(texts):
     return words
 
 
-def pair_of(left, right):
-    return np.left_shift(left, 16, dtype=np.int64) | right
-
-
 class Corpus:
     """All distinct words in one row of tokens, a byte each at first. `after` and `before` link each
     token to its neighbours, so that a merge can take one out without moving the rest."""
 
     def __init__(self, words):
         row = b"\xff".join([b"", *(word.encode() for word in words), b""])
-        self.token = np.frombuffer(row, np.uint8).astype(np.uint16)
+        self.token = np.frombuffer(row, np.uint8).astype(np.int64)
         number = np.cumsum(self.token == NO_TOKEN)  # of a place's word, from 1 on
         self.weight = np.array([0, *words.values(), 0])[number]  # how often that occurs
         self.after = np.arange(1, len(row) + 1)
         self.before = self.after - 2
         self.places = {}  # of each pair: where its first token stands, or stood before a merge
 
-    def pairs_of_bytes(self):
-        first, second = self.token[:-1], self.token[1:]
-        places = np.flatnonzero((first != NO_TOKEN) & (second != NO_TOKEN))
-        return self.keep(pair_of(first[places], second[places]), places)
-
-    def keep(self, pairs, places):
-        """Keeps the places of new pairs. Returns [(pair, its count)] of the distinct ones."""
+    def keep(self, left, right, places):
+        """Keeps the places of new pairs of tokens. Returns [(pair, its count)]."""
+        inside = (left != NO_TOKEN) & (right != NO_TOKEN)
+        pairs, places = (left * SHIFT + right)[inside], places[inside]
         if len(pairs) == 0:
             return []
         order = np.argsort(pairs, kind="stable")
         pairs, places = pairs[order], places[order]
         # Now equal pairs are side by side, and another begins wherever the pair changes
         begins = [0, *(np.flatnonzero(pairs[1:] != pairs[:-1]) + 1).tolist()]
-        counts = np.add.reduceat(self.weight[places], begins)
+        counts = np.add.reduceat(self.weight[places], begins).tolist()
         pairs = pairs[begins].tolist()
         for pair, begin, end in zip(pairs, begins, [*begins[1:], len(places)], strict=True):
             self.places[pair] = places[begin:end]
-        return zip(pairs, counts.tolist(), strict=True)
+        return zip(pairs, counts, strict=True)
 
     def recount(self, pair):
         """How often a pair occurs by now. From here on `places` has only those that are left."""
@@ -933,10 +912,10 @@ class Corpus:
         self.after[places], self.before[behind] = behind, places
         # Now `new` has the place of both tokens in the row. Where two of them are side by side,
         # `ahead` of the right one is the NO_TOKEN inside the left one: so they are found once
-        first, last = self.token[ahead], self.token[behind]
-        pairs = np.concatenate([pair_of(first, new), pair_of(new, last)])
-        inside = np.concatenate([first, last]) != NO_TOKEN
-        return self.keep(pairs[inside], np.concatenate([ahead, places])[inside])
+        news = self.token[places]
+        return self.keep(np.concatenate([self.token[ahead], news]),
+                         np.concatenate([news, self.token[behind]]),
+                         np.concatenate([ahead, places]))
 
     def every_other(self, places):
         """In a run of one token, as in "aaaa", every other place begins a pair."""
@@ -1101,24 +1080,24 @@ ACTIVATIONS = {"relu": "relu"} | dict.fromkeys(  # all of these are GPT-2's GELU
     ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"], "gelu")
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
              scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")
 GPT2_TOKENS = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"
 
 
-def read_config(folder):
-    """(config for GPTConfig, settings) from a config.json; ValueError if it is not GPT-2's."""
-    theirs = {"activation_function": "gelu_new"} | json.loads(
-        (folder / "config.json").read_bytes())
+def config_of(theirs):
+    """The config for GPTConfig, from config.json's values; ValueError if they are not GPT-2's."""
     for key, value in FIXED.items():
         if theirs.get(key, value) != value:
             raise ValueError(f"its {key} is {theirs[key]!r}, not GPT-2's {value!r}")
-    activation = theirs["activation_function"]
+    activation = theirs.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         raise ValueError(f"its activation_function is {activation!r}, none of GPT-2's")
-    config = {key: theirs[key] for key in SHAPE}
-    config |= {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation],
-               "tie_weights": theirs.get("tie_word_embeddings", True)}
-    return config, {"rows": "documents"} if theirs.get("starts_documents") is True else {}
+    config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return config | {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation],
+                     "tie_weights": theirs.get("tie_word_embeddings", True)}
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_bytes())
 
 
 def shape_of(config):
@@ -1156,7 +1135,7 @@ def download_model(name):
     with one_line(f"{name} cannot be downloaded", "; offline, name a folder that holds it"):
         folder = Path(get(allow_patterns=["config.json", "vocab.json", "merges.txt",
                                           "tokenizer.json"]))
-        read_config(folder)
+        config_of(read_config(folder))
         print(f"downloading {repository}", flush=True)
         for pattern in [weights.replace(".", "*.") + "*" for weights in weight_names()]:
             get(allow_patterns=[pattern])
@@ -1174,37 +1153,34 @@ def load_tensors(path):
     return load_file(path)
 
 
-def read_folder(folder):
-    """(config, settings, {name: tensor}) of a folder of transformers'."""
-    config, settings = read_config(folder)
-    weights = {}
-    for path in weight_files(folder):
-        for name, tensor in load_tensors(path).items():
-            if name.endswith(TRANSPOSED):
-                tensor = tensor.t()
-            weights[name] = tensor
-    return config, settings, weights
-
-
-def read_nanogpt(path):
-    """The same of a checkpoint of nanoGPT's, which may have no biases: they are zeros."""
-    found = load_tensors(path)
+def read_model(place):
+    """(config.json's values, {name: tensor}) of a folder, or of a checkpoint of nanoGPT's."""
+    if place.is_dir():
+        tensors = {}
+        for path in weight_files(place):
+            tensors |= load_tensors(path)
+        return read_config(place), tensors
+    found = load_tensors(place)
     if "model_args" not in found:
         raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
-    config = {key: found["model_args"][key] for key in (*SHAPE, "block_size")}
-    weights = {name: torch.zeros_like(tensor, device="cpu")
-               for name, tensor in shape_of(config).state_dict().items() if name.endswith(".bias")}
-    for name, tensor in found["model"].items():
-        weights[name.removeprefix("_orig_mod.")] = tensor
-    return config, {}, weights
+    print("note: nanoGPT's GELU is exact since June 2023: logits may differ by 0.001")
+    theirs = found["model_args"]
+    return theirs | {"n_positions": theirs["block_size"]}, found["model"]
 
 
-def fit(model, tensors):
-    """{name: float32 tensor}, named as our model's are. Before memory is taken for a tensor, a
-    model on the "meta" device has checked its shape. Raises ValueError, or whatever torch raises,
-    for anything else."""
+def fit(model, tensors, theirs):
+    """{name: float32 tensor}, named and turned as our model has them. Before memory is taken for a
+    tensor, a model on the "meta" device has checked its shape. Raises ValueError, or whatever torch
+    raises, for anything else."""
     weights = {}
+    if not theirs.get("bias", True):  # nanoGPT may leave the biases out
+        for name, tensor in model.state_dict().items():
+            if name.endswith(".bias"):
+                weights[name] = torch.zeros(tensor.shape)
     for name, tensor in tensors.items():
+        name = name.removeprefix("_orig_mod.")
+        if name.endswith(TRANSPOSED) and "model_type" in theirs:
+            tensor = tensor.t()
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             continue
         if name != "lm_head.weight":
@@ -1214,12 +1190,12 @@ def fit(model, tensors):
         embedding = weights["transformer.wte.weight"]
         if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
             raise ValueError("its output matrix is not its embedding, though they should be tied")
+    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][:model.config.vocab_size]
     model.load_state_dict(weights, assign=True)
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError("weights are not finite")
-        weights[name] = tensor.float().contiguous()
-    return weights
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("weights are not finite")
+    return {name: tensor.float().contiguous().clone() for name, tensor in weights.items()}
 
 
 def read_vocabulary(folder):
@@ -1233,14 +1209,13 @@ def read_vocabulary(folder):
     cuts = words["type"], words["add_prefix_space"], words.get("use_regex", True)
     if whole["normalizer"] or cuts != ("ByteLevel", False, True):
         raise ValueError("it cuts texts elsewhere")
-    added = {token["content"]: token["id"] for token in whole["added_tokens"]}
-    return whole["model"]["vocab"] | added, map("".join, whole["model"]["merges"])
+    return whole["model"]["vocab"], map("".join, whole["model"]["merges"])
 
 
 def read_tokenizer(folder, vocab_size):
     """The spec of a model's tokenizer: a byte-level BPE whose ids are in the order of its merges,
     and then <|endoftext|>. {} if there is none, or another one: then it says so."""
-    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         # GPT-2's tokens, perhaps with rows behind them that make their number a multiple of 128
         return {"kind": "gpt2"} if 50257 <= vocab_size <= 50304 else {}
     # GPT-2 writes the bytes of printable characters as these, and the others from number 256 on
@@ -1261,26 +1236,6 @@ def read_tokenizer(folder, vocab_size):
         return {}
 
 
-def cut_rows(model, weights, size):
-    """Leaves the model the rows of its tokenizer's ids, where a vocabulary was padded."""
-    behind = model.config.vocab_size - size
-    if behind > 0:
-        print(f"{behind:,} rows behind the tokenizer's last id are cut off")
-    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
-        weights[name] = weights[name][:size].clone()
-    model.config.vocab_size = size
-
-
-def check_source(path, source):
-    """A checkpoint is not taken for that of another model."""
-    there = source
-    with contextlib.suppress(Exception):  # one that cannot be read says nothing
-        there = torch.load(path, "cpu", weights_only=True, mmap=True).get("source")
-    if there != source:
-        raise UserError(f"{path} holds another model ({there}){CHOOSE}")
-    print(f"{path} is there already")
-
-
 def is_model(name):
     """Whether a name is that of a GPT-2 to convert."""
     return (name in OPENAI_NAMES or name.startswith("model:") or name.endswith(".pt")
@@ -1298,24 +1253,37 @@ def convert_weights(name, out_dir=""):
         if name.endswith(".pt"):
             source = checksum(place)
         elif (place / "config.json").is_file():
+            config_of(read_config(place))  # another architecture is refused by its name
             source = " ".join(map(checksum, [place / "config.json", *weight_files(place)]))
         if path.exists():
-            check_source(path, source)
+            there = source
+            with contextlib.suppress(Exception):  # a file that cannot be read says nothing
+                there = torch.load(path, "cpu", weights_only=True, mmap=True).get("source")
+            if there != source:
+                raise UserError(f"{path} holds another model ({there}){CHOOSE}")
+            print(f"{path} is there already")
             return path
         if source == name:
             place = download_model(name)
-        config, settings, tensors = (read_folder if place.is_dir() else read_nanogpt)(place)
+        theirs, tensors = read_model(place)
+        config = config_of(theirs)
+        tokenizer, rows = read_tokenizer(place, config["vocab_size"]), config["vocab_size"]
+        command = "without a tokenizer"
+        if tokenizer:
+            config["vocab_size"] = len(tokenizer.get("ranks", range(50256))) + 1
+            command = "now: " + shlex.join(["python", "sample.py", f"--checkpoint={path}"])
+        if rows > config["vocab_size"]:
+            cut = rows - config["vocab_size"]
+            print(f"{cut:,} rows behind the tokenizer's last id are cut off")
         model = shape_of(config)
-        weights = fit(model, tensors)
-    tokenizer = read_tokenizer(place, config["vocab_size"])
-    command = "without a tokenizer"
-    if tokenizer:
-        cut_rows(model, weights, len(tokenizer.get("ranks", range(50256))) + 1)
-        command = "now: " + shlex.join(["python", "sample.py", f"--checkpoint={path}"])
-    checkpoint = make_checkpoint(model, settings=settings) | {
-        "model": weights, "tokenizer": tokenizer, "source": source}
+        weights = fit(model, tensors, theirs)
+    settings = {}
+    if theirs.get("starts_documents") is True:
+        settings["rows"] = "documents"
+    checkpoint = make_checkpoint(model, settings=settings)
+    checkpoint |= {"model": weights, "tokenizer": tokenizer, "source": source}
     make_folder(path.parent)
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    write_atomically(path, partial(torch.save, checkpoint))
     print(f"written to {path}; {command}")
     return path
 

@@ -341,7 +341,7 @@ DAMAGE = {
         b'{"a": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000]}}'),
     "no JSON": lambda folder: (folder / "config.json").write_bytes(b"[" * 100_000),
     "another GELU": config(activation_function="gelu"),
-    "a billion layers": config(n_layer=10**9)}
+    "a billion layers": config(n_layer=10**9), "another model": config(model_type="bert")}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -352,8 +352,10 @@ def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     DAMAGE[name](tmp_path)
     before = contents(tmp_path)
-    fails(prepare_data.main, ["."], capsys)
+    line = fails(prepare_data.main, ["."], capsys)
     assert contents(tmp_path) == before  # nothing exploded
+    if name in ("another GELU", "another model"):
+        assert f"is {'gelu' if name == 'another GELU' else 'bert'!r}" in line
 
 
 def test_a_head_of_its_own(tmp_path, capsys):
