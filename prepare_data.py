@@ -223,9 +223,9 @@ def text_in(line, column, place):
     with one_line(f"{place}, is not JSON in UTF-8"):
         # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
         row = json.loads(line.decode("utf-8-sig"), parse_int=float)
-    text = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
         return ""
+    text = row[column]
     if b"\\u" in line:  # an escape can be half of a surrogate pair, which is not a character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
@@ -390,7 +390,9 @@ def open_repository(s):
     with one_line(f"cannot read {s.dataset} from the hub", OFFLINE):
         import datasets
         splits = datasets.get_dataset_split_names(name, config)
-    first = "train" if "train" in splits else splits[0]
+    first = splits[0]
+    if "train" in splits:
+        first = "train"
     own = [split for split in splits if split.startswith("val") and split != first]
     train = partial(read_hub, (name, config, first), s.text_column)
     if own:
@@ -726,7 +728,9 @@ def name_of(words):
     elif len(words) > 1 or glob.has_magic(word) and not os.path.exists(word):
         name = Path(word).parent.name or "texts"
     name = re.sub(r"[^\w.-]", "_", name)
-    return f"{name}_text" if name in OURS and word != name else name
+    if name in OURS and word != name:
+        name += "_text"
+    return name
 
 
 def claim(folder, settings):
@@ -762,9 +766,9 @@ def prepare(s):
     del settings["out_dir"]
     if kind in ("gpt2", "char"):
         del settings["vocab_size"]
-    progress = claim(folder, settings)
+    progress, record = claim(folder, settings), folder / PROGRESS
     if progress is None:
-        (folder / PROGRESS).unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
         print(f"{folder} is complete already")
         return
     parts = open_source(s, paths)
@@ -774,13 +778,13 @@ def prepare(s):
         progress["tokenizer"] = make_tokenizer(kind, parts, s)
     tokenizer = Tokenizer(progress["tokenizer"])
     make_folder(folder)
-    write_text(folder / PROGRESS, json.dumps(progress))
+    write_text(record, json.dumps(progress))
     for split, part in parts.items():
         at = progress["splits"].setdefault(split, NEW | {})
         if at["place"]:
             for _ in write_split(s, f"{folder / name}_{split}", part, tokenizer, at):
                 # After the shard: if a kill comes between, it is written again
-                write_text(folder / PROGRESS, json.dumps(progress))
+                write_text(record, json.dumps(progress))
     meta = describe(folder, name, tokenizer, progress["splits"])
     if s.dataset == "stories":
         meta |= entropy_floor(s, folder, tokenizer, meta["val"])
@@ -788,7 +792,7 @@ def prepare(s):
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     write_text(folder / "meta.json", json.dumps(meta | {"settings": settings}) + "\n")
-    (folder / PROGRESS).unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
     report(folder, meta)
     skipped = sum(at["skipped"] for at in progress["splits"].values())
     if skipped:
@@ -1110,19 +1114,18 @@ def shape_of(config):
 
 
 def weight_names():
-    """What weights are called, first what is read first."""
-    names = ["model.safetensors", "pytorch_model.bin"]
+    """The names of files of weights, and of their parts, first those that are read first."""
+    names = ["model{}.safetensors", "pytorch_model{}.bin"]
     return names if importlib.util.find_spec("safetensors") else names[::-1]
 
 
 def weight_files(folder):
     """A folder's files of weights: a whole one, or its parts."""
     for name in weight_names():
-        if (folder / name).exists():
-            return [folder / name]
-        if parts := sorted(folder.glob(name.replace(".", "-*."))):
-            return parts
-    raise ValueError(f"it has no {name}")
+        for part in ("", "-*"):
+            if found := sorted(folder.glob(name.format(part))):
+                return found
+    raise ValueError("it has no weights")
 
 
 def download_model(name):
@@ -1137,9 +1140,9 @@ def download_model(name):
                                           "tokenizer.json"]))
         config_of(read_config(folder))
         print(f"downloading {repository}", flush=True)
-        for pattern in [weights.replace(".", "*.") + "*" for weights in weight_names()]:
-            get(allow_patterns=[pattern])
-            if any(folder.glob(pattern)):
+        for name in weight_names():
+            get(allow_patterns=[name.format("*")])
+            if any(folder.glob(name.format("*"))):
                 break
     return folder
 
@@ -1316,6 +1319,5 @@ if __name__ == "__main__":
     # for this script ends here. A notebook's, in which it is run, does not
     if Path(__file__).name in [Path(word).name for word in sys.orig_argv]:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)
