@@ -375,7 +375,10 @@ def split_source(source, s, paths=(), enough=sys.maxsize):
         print(f"lines of {END_OF_TEXT} cut the text into {len(starts):,} documents")
     cut = int(size * (1 - s.val_fraction))
     if s.dataset == "stories":
-        cut = starts[-max(1, round(len(starts) * s.val_fraction))]
+        held_out = HELD_OUT  # few: stories are all alike, and are measured often
+        if s.val_fraction != Settings.val_fraction:
+            held_out = max(1, round(STORIES * s.val_fraction))
+        cut = starts[-held_out]
     elif len(starts) > 1:
         cut = min(starts[1:], key=lambda start: abs(start - cut))
     if min(cut, size - cut) < 4:
@@ -404,22 +407,11 @@ def open_repository(s):
     return split_source(train, s, (), 4 * max(1, wanted))
 
 
-def split_stories(s):
-    """Few stories are held out: they are all alike, and are measured often."""
-    texts = [*map(text_of_story, write_stories(s.seed))]
-    held_out = HELD_OUT
-    if s.val_fraction != Settings.val_fraction:
-        held_out = max(1, round(STORIES * s.val_fraction))
-    source = partial(at_hand, partial(read_strings, texts))
-    cut = sum(map(len, texts[:-held_out]))
-    return {"train": Part(source, 0, cut), "val": Part(source, cut)}
-
-
 def open_source(s, paths):
     """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
     if s.dataset == "stories":
-        return split_stories(s)
-    if s.dataset == "shakespeare":
+        read = partial(read_strings, [*map(text_of_story, write_stories(s.seed))])
+    elif s.dataset == "shakespeare":
         read = partial(read_strings, [download(SHAKESPEARE_URL)])
     elif paths:
         read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
