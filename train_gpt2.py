@@ -92,7 +92,7 @@ class Settings:
     n_head: int = 4  # attention heads in each block
     n_embd: int = 96  # width: the embedding dimension
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
-    activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
+    activation: Literal["gelu", "relu", "gelu_exact"] = "gelu"  # the nonlinearity of the MLPs
     tie_weights: bool = True  # the token embedding is the output matrix too
     init_std: float | None = 0.08  # of initial weights; narrow models need more; None: by n_embd
     # what is measured, and how often (in steps)
@@ -104,8 +104,7 @@ class Settings:
     log_every: int = 20  # a line on the screen and a row in log.csv
 
 
-# What each preset changes; some share a part. The larger GPT-2 sizes take the GPT-3 paper's rates,
-# table 2.1.
+# What each preset changes. The larger sizes take the GPT-3 paper's learning rates, table 2.1
 _SHARED = dict(init_std=0.02,  # GPT paper, section 4.1
                eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10)
 _CHARS = dict(data_dir="data/shakespeare", rows="stream")
@@ -240,8 +239,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # ReLU: max(0, x). GELU is smoother, computed with tanh (Hendrycks & Gimpel 2016, section 2)
-        self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
+        # ReLU: max(0, x). GELU is smoother; GPT-2 takes tanh for it (Hendrycks & Gimpel 2016, 2)
+        acts = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "gelu_exact": nn.GELU()}
+        self.act = acts[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -1865,10 +1865,9 @@ def check_shape(c):
 HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
-def token_losses(model, x, y, process):
-    """Inputs and targets, (B, T) -> nats of each target, (B, T) float32 on the CPU; 0 for -1."""
-    with evaluating(model), process.autocast():
-        logits, _ = model(x.to(process.device))  # (B, T, V)
+def token_losses(logits, y):
+    """Logits (B, T, V) and targets (B, T) -> nats of each target, (B, T) float32 on the CPU; 0 for
+    a target of -1."""
     targets = y.flatten().to(logits.device)
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction="none")
     return nats.view(y.shape).cpu()
@@ -1877,27 +1876,34 @@ def token_losses(model, x, y, process):
 def evaluate(model, loader, s, process, data):
     """The loss on the validation rows, always the same ones, in nats per token, and its part above
     the floor where that is known: {column of the log: value}."""
-    rows, size = range(loader.rows_per_epoch), max(1, 4096 // s.block_size)
+    rows = range(loader.rows_per_epoch)
     if s.eval_tokens is not None:
         rows = rows[:max(1, s.eval_tokens // s.block_size)]
+    rows_at_once = s.batch_size
+    if process.device.type == "cpu":  # where more would only take memory
+        rows_at_once = max(1, 4096 // s.block_size)
     # The floor is that of the whole split. Its skills are in the order of the one shard's tokens
     has_floor = (data.skills is not None and s.rows == "documents" and len(loader.shards) == 1
                  and len(rows) == loader.rows_per_epoch)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    # Targets, their bytes of text, the nats of each skill. A line per batch: any number of
-    # processes adds up in the same order
-    firsts = rows[::size]  # rows that begin a batch
-    sums = torch.zeros((len(firsts), 2 + len(SKILLS)), dtype=torch.float64)
-    for i in range(process.rank, len(sums), process.world_size):
-        x, y = loader.batch(rows[firsts[i]:firsts[i] + size])
-        targets = y[y != -1]  # (targets,), row after row
-        nats = token_losses(model, x, y, process)[y != -1].double()
-        skill = torch.zeros_like(targets)
-        if has_floor:
-            _, start, _ = loader.row_index.locate(firsts[i])
-            skill += torch.from_numpy(data.skills[start + 1:][:len(targets)])
-        sums[i, 0], sums[i, 1] = len(targets), token_bytes[targets].sum()
-        sums[i, 2:] = torch.bincount(skill, nats, minlength=len(SKILLS))
+    # Of each row: its targets, their bytes of text, the nats of each skill. So the sums do not
+    # depend on how many rows are read at once, or by how many processes
+    sums = torch.zeros((len(rows), 2 + len(SKILLS)), dtype=torch.float64)
+    stride = rows_at_once * process.world_size
+    for first in range(process.rank * rows_at_once, len(rows), stride):
+        batch = rows[first:first + rows_at_once]
+        x, y = loader.batch(batch)
+        with evaluating(model), process.autocast():
+            logits, _ = model(x.to(process.device))  # (B, T, V)
+        nats = token_losses(logits, y).double()
+        for i, row in enumerate(batch):
+            _, start, length = loader.row_index.locate(row)
+            targets = y[i, :length]
+            skill = torch.zeros_like(targets)
+            if has_floor:
+                skill += torch.from_numpy(data.skills[start + 1:start + 1 + length])
+            sums[row, 0], sums[row, 1] = length, token_bytes[targets].sum()
+            sums[row, 2:] = torch.bincount(skill, nats[i, :length], minlength=len(SKILLS))
     tokens, text_bytes, *nats = process.reduce(sums).cpu().sum(dim=0).tolist()
     bits = sum(nats) / math.log(2)
     found = {"val_loss": sum(nats) / tokens,
@@ -1909,23 +1915,58 @@ def evaluate(model, loader, s, process, data):
     return found
 
 
+TOKENS_OF_ENDINGS = 1536  # that are read at once: for GPT-2's logits and keys, 1 GB is enough
+
+
+def question_batches(texts):
+    """(context, [endings]) in tokens of each question -> lists of numbers of questions whose
+    contexts are equally long."""
+    def lengths(number):
+        context, endings = texts[number]
+        return len(context), max(map(len, endings))
+
+    batches, length_before = [], None
+    for number in sorted(range(len(texts)), key=lengths):
+        length, longest = lengths(number)
+        if length != length_before or 4 * longest * (1 + len(batches[-1])) > TOKENS_OF_ENDINGS:
+            batches.append([])
+        batches[-1].append(number)
+        length_before = length
+    return batches
+
+
 def hellaswag(model, questions, process):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? A
     question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
     ending of the lowest loss, in total and per token."""
     tokenizer, block_size = model.tokenizer, model.config.block_size
-    losses = torch.zeros((len(questions), 4, 2))
-    for number in range(process.rank, len(questions), process.world_size):
-        context, endings, _ = questions[number]
+    texts = []  # (context, [endings]) in tokens
+    for context, endings, _ in questions:
         endings = [tokenizer.encode(ending)[:block_size] for ending in endings]
         context = tokenizer.encode(context) or tokenizer.document_start
         context = context[-(block_size + 1 - max(map(len, endings))):]  # what fits before them
-        rows = [torch.tensor(context + ending) for ending in endings]
-        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (4, T + 1)
-        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]
-        y[:, :len(context) - 1] = -1  # only the endings count
-        nats = token_losses(model, x, y, process).sum(dim=1)  # (4,)
-        losses[number] = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
+        texts.append((context, endings))
+    losses = torch.zeros((len(questions), 4, 2))
+    for numbers in question_batches(texts)[process.rank::process.world_size]:
+        contexts = [texts[number][0] for number in numbers]
+        endings = itertools.chain(*[texts[number][1] for number in numbers])
+        contexts = torch.tensor(contexts, device=process.device)  # (B, P)
+        y = nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings],
+                                      batch_first=True, padding_value=-1)  # (4 B, T)
+        y = y.to(process.device)
+        # The context's last token predicts the ending's first
+        last = contexts[:, -1:].repeat_interleave(4, dim=0)
+        x = torch.cat((last, y[:, :-1].clamp(min=0)), dim=1)
+        cache = KVCache(contexts.size(1) - 1 + y.size(1))
+        with evaluating(model), process.autocast():
+            if contexts.size(1) > 1:  # it is read once, for all four endings
+                model(contexts[:, :-1], cache=cache)
+                for i, (keys, values) in enumerate(cache.layers):
+                    cache.layers[i] = keys.repeat_interleave(4, 0), values.repeat_interleave(4, 0)
+            logits, _ = model(x, y, cache)  # (4 B, T, V)
+        nats = token_losses(logits, y).sum(dim=1)  # (4 B,)
+        per_token = nats / (y != -1).sum(dim=1).cpu()
+        losses[numbers] = torch.stack((nats, per_token), dim=1).view(-1, 4, 2)
     return process.reduce(losses).argmin(dim=1).cpu()
 
 
