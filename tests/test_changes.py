@@ -82,8 +82,10 @@ def test_a_checkpoint_of_older_code(trained, capsys):
     del checkpoint["code"], checkpoint["progress"], checkpoint["config"]["tie_weights"]
     for name in ("tie_weights", "resume", "compare"):
         del checkpoint["settings"][name]
-    states = checkpoint["optimizer"]["state"].values()  # they were numbered
-    checkpoint["optimizer"]["state"] = dict(enumerate(states))
+    # They were numbered, matrices first
+    states, weights = checkpoint["optimizer"]["state"], checkpoint["model"]
+    names = sorted(states, key=lambda name: weights[name].dim() < 2)
+    checkpoint["optimizer"]["state"] = {i: states[name] for i, name in enumerate(names)}
     torch.save(checkpoint, path)
     text = GPT.from_checkpoint(path).generate("Tale 7", max_new_tokens=5, seed=1)
     assert text.startswith("Tale 7")
