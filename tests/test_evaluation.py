@@ -1,6 +1,8 @@
 """What a run reports: losses by skill, HellaSwag, the picture, the report."""
+import itertools
 import json
 import math
+import random
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -14,7 +16,16 @@ from test_model import arrays, to_transformers
 
 import prepare_data
 import train_gpt2
-from train_gpt2 import Process, Settings, evaluate, hellaswag, open_data, open_rows
+from train_gpt2 import (
+    Process,
+    Settings,
+    Tokenizer,
+    evaluate,
+    hellaswag,
+    open_data,
+    open_rows,
+    question_batches,
+)
 
 
 def small_model(tokenizer, block_size=112):
@@ -111,6 +122,20 @@ def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vo
     model = small_model(gpt2_vocabulary, block_size)
     theirs = to_transformers(model)
     check_hellaswag(model, questions, lambda idx: theirs(idx).logits)
+
+
+def test_hellaswag_reads_equal_contexts_together(shared_file, gpt2_vocabulary):
+    """Each batch takes two passes: one for its contexts, one for their endings."""
+    encode = Tokenizer({"kind": "gpt2"}).encode
+    texts = [(encode(context), [encode(ending) for ending in endings])
+             for context, endings, _ in questions_of(shared_file, 1000)]
+    batches = question_batches(texts)
+    assert sorted(itertools.chain(*batches)) == list(range(1000))
+    assert 2 * len(batches) <= 300
+    whole_set = random.Random(0).choices(texts, k=10_042)
+    assert 2 * len(question_batches(whole_set)) <= 1500
+    for batch in question_batches(whole_set):
+        assert len({len(whole_set[number][0]) for number in batch}) == 1
 
 
 def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path, monkeypatch,
