@@ -1,4 +1,4 @@
-"""Train a GPT-2 from scratch, in one file that you can read in an evening.
+"""Train a GPT-2 from scratch, in one file. Its first part can be read in an evening.
 
     python train_gpt2.py                              # offline, 3 minutes: learns little stories
     python train_gpt2.py --n_layer=4 --max_steps=500  # each setting below is also an option
@@ -361,7 +361,7 @@ class GPT(nn.Module):
         logits = F.linear(x, weight)[..., :self.config.vocab_size]  # x @ weight.T: (B, T, V)
         if targets is None:
             return logits, None
-        # In float32: a mean over many tokens needs more than bfloat16's 2 to 3 digits
+        # In float32: the softmax inside needs more than bfloat16's 2 to 3 digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
@@ -531,8 +531,8 @@ class ShardedLoader:
 
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
-    the root of their running mean square; beta1 and beta2 say how slowly these forget. A mean is
-    never larger than the root of the mean square, so a step is at most about the learning rate.
+    the root of their running mean square; beta1 and beta2 say how slowly these forget. The two
+    are of a size, so that a step moves a weight by about the learning rate, or by less.
     The W is weight decay: each step multiplies matrices, not biases and norms, by
     1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
