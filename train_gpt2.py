@@ -1478,7 +1478,7 @@ def open_data(data_dir):
         shard_paths(data_dir)  # a UserError where there are none
         return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
         sum(meta.get("landmarks", {}).values())  # fails unless they are numbers
         data = Data(meta, Tokenizer(meta["tokenizer"]))
         if "skills" in meta:
