@@ -3,11 +3,12 @@ import collections
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -30,8 +31,11 @@ WORDS = "the a of sun moon river 42 3.14 naïve 漢字 🙂🏽 don't\n\n \t end
 
 def documents_of(count, seed=0, words=60):
     draw = random.Random(seed)
-    lengths = [draw.choices(WORDS, k=draw.randint(1, words)) for _ in range(count)]
-    return [" ".join(chosen) + "." for chosen in lengths]
+    documents = []
+    for _ in range(count):
+        chosen = draw.choices(WORDS, k=draw.randint(1, words))
+        documents.append(" ".join(chosen) + ".")
+    return documents
 
 
 def parquet_of(names=None, **columns):
@@ -112,16 +116,17 @@ def prepare(dataset, out, *argv):
 def test_each_split_has_its_documents_in_order(kind, tmp_path):
     documents = documents_of(600)
     cut = cut_of(documents)
+    expected = {"train": documents[:cut], "val": documents[cut:]}
     argv = [source("jsonl", tmp_path, documents), tmp_path / "out", f"--tokenizer={kind}",
             "--text_column=story", "--shard_tokens=1000"]
-    *found, _ = prepare(*argv)
+    prepare(*argv)
     meta = train_gpt2.open_data(tmp_path / "out").meta
-    for split, texts, there in zip(("train", "val"), (documents[:cut], documents[cut:]), found,
-                                   strict=True):
-        assert there == (texts if kind == "bpe" else ["\n\n".join(texts)])
+    for split, texts in expected.items():
+        found = texts_in(tmp_path / "out", split)
+        assert "\n\n".join(found) == "\n\n".join(texts)
         assert meta[split]["documents"] == len(texts)
         assert meta[split]["tokens"] == len(split_ids(tmp_path / "out", split))
-        assert meta[split]["bytes"] == sum(len(text.encode()) for text in there)
+        assert meta[split]["bytes"] == sum(len(text.encode()) for text in found)
     assert "complete already" in prepare(*argv)[2]
 
 
@@ -160,14 +165,14 @@ def stop_after_every_shard(argv):
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("batch", [16, 2])
+@pytest.mark.parametrize("batch, longest", [(16, 100_000), (2, 500)])
 @pytest.mark.parametrize("kind", ["txt", "ndjson.xz", "jsonl.gz", "parquet"])
-def test_stopped_after_every_shard(kind, batch, tmp_path, monkeypatch):
+def test_stopped_after_every_shard(kind, batch, longest, tmp_path, monkeypatch):
     """Whether many shards lie in a piece of a text or many pieces in a shard."""
     documents = documents_of(300, seed=6)
     dataset = source(kind, tmp_path, [*documents[:150], None, *documents[150:]])
     monkeypatch.setattr(prepare_data, "BATCH", batch)
-    monkeypatch.setattr(prepare_data, "LONGEST", 100_000 if batch == 16 else 500)
+    monkeypatch.setattr(prepare_data, "LONGEST", longest)
     monkeypatch.setattr(prepare_data, "ROWS", 40)
     argv = [str(dataset), "--text_column=story", "--shard_tokens=2000", "--vocab_size=280"]
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -180,31 +185,33 @@ def test_stopped_after_every_shard(kind, batch, tmp_path, monkeypatch):
     assert contents(out) == contents(whole)
 
 
+def shards_in(folder):
+    return len([*folder.glob("*.bin")])
+
+
 def test_killed_at_random_instants(tmp_path):
     """SIGKILL, in a run of more than 10 shards. 20 times with FULL_TESTS."""
-    text, out = tmp_path / "tales.txt", tmp_path / "killed"
-    text.write_bytes("\n".join(documents_of(60_000 if FULL else 8_000)).encode())
-    argv = [str(text), "--vocab_size=400", f"--shard_tokens={200_000 if FULL else 20_000}"]
-    command = [sys.executable, str(ROOT / "prepare_data.py"), *argv, f"--out_dir={out}"]
-    assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
-    whole = contents(tmp_path / "whole")
-    assert len(whole) > 11
-    draw, killed = random.Random(0), 0
-    for _ in range(20 if FULL else 3):
+    kills, size = (20, 60_000) if FULL else (3, 8_000)
+    text, whole, out = tmp_path / "tales.txt", tmp_path / "whole", tmp_path / "killed"
+    text.write_bytes("\n".join(documents_of(size)).encode())
+    argv = [str(text), "--vocab_size=400", f"--shard_tokens={3 * size}"]
+    assert prepare_data.main([*argv, f"--out_dir={whole}"]) == 0
+    assert shards_in(whole) > 10
+    command = [sys.executable, ROOT / "prepare_data.py", *argv, f"--out_dir={out}"]
+    draw, statuses = random.Random(0), []
+    for _ in range(kills):
         if (out / "meta.json").exists():  # it got through: begin again
-            for path in out.iterdir():
-                path.unlink()
-        enough = len([*out.glob("*.bin")]) + draw.randint(1, 3)
+            shutil.rmtree(out)
+        enough = shards_in(out) + draw.randint(1, 3)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len([*out.glob("*.bin")]) < enough:
+        while process.poll() is None and shards_in(out) < enough:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.02))
         process.kill()
-        if process.wait() == (-signal.SIGKILL if os.name == "posix" else 1):
-            killed += 1
+        statuses.append(process.wait())
+    assert any(statuses)  # one was still alive
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert contents(out) == whole
-    assert killed > 0
+    assert contents(out) == contents(whole)
 
 
 @posix
@@ -260,7 +267,7 @@ def test_a_data_set_of_the_hub(tmp_path):
 
 
 def test_named_data_sets_of_the_hub(tmp_path):
-    """Its own validation split comes first; HellaSwag as JSON lines. Out of reach: one line."""
+    """Its own validation split comes first; HellaSwag as JSON lines."""
     held_out = documents_of(20, 9)
     tales = repository(train={"text": documents_of(300)}, validation={"text": held_out})
     endings = [["sits", "b", "c", "d"], ["x", "runs", "y", "z"]]
@@ -277,8 +284,6 @@ def test_named_data_sets_of_the_hub(tmp_path):
     assert meta["tokenizer"]["kind"] == "char"
     lines = (tmp_path / train_gpt2.HELLASWAG).read_text().splitlines()
     assert json.loads(lines[1]) == {"ctx": "A dog", "endings": endings[1], "label": "1"}
-    hub.is_one_line(hub.run(None, tmp_path, "hf:me/others"), "network")
-    assert not (tmp_path / "data" / "others").exists()
 
 
 @pytest.mark.parametrize("splits", [["validation"], ["validation", "test"]])
@@ -307,18 +312,13 @@ def test_without_a_network(tmp_path):
         assert done.stderr.endswith(f"{way}\n")
 
 
-def test_shakespeare(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_shakespeare(tmp_path, monkeypatch):
     text = "To be, or not to be. " * 99
     with hub.serve(models={"me/plays": {"all.txt": text.encode()}}) as (address, _):
-        monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", f"{address}/none.txt")
-        assert "404" in fails(prepare_data.main, ["shakespeare"], capsys)
         url = f"{address}/me/plays/resolve/main/all.txt"
         monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url)
         train, val, _ = prepare("shakespeare", tmp_path / "out")
     assert "".join(train + val) == text
-    assert "the network failed" in fails(prepare_data.main, ["shakespeare"], capsys)
-    assert not (tmp_path / "data").exists()
 
 
 # ---- Mistakes ----
@@ -386,20 +386,6 @@ def test_a_text_that_changes(tmp_path, capsys, monkeypatch):
     assert contents(tmp_path / "out") == before
 
 
-@posix
-def test_more_shards_than_files_may_be_open(tmp_path):
-    import resource
-    (tmp_path / "tales.txt").write_text("a tale of a king and a cat\n" * 400)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
-    try:
-        prepare_data.main([str(tmp_path / "tales.txt"), "--shard_tokens=50", "--tokenizer=char",
-                           f"--out_dir={tmp_path / 'out'}"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len([*(tmp_path / "out").glob("*.bin")]) > 200
-
-
 def test_ids_that_do_not_fit_into_a_shard(tmp_path):
     for ids in ([1, 65_536], np.array([-1, 2])):
         with pytest.raises(train_gpt2.UserError, match="65,536 or more"):
@@ -426,28 +412,16 @@ def test_baselines_are_those_of_a_plain_count(tmp_path):
     paths = [tmp_path / f"{number}.bin" for number in range(5)]
     for path, part in zip(paths, [*np.split(train, [700, 701, 2500]), val], strict=True):
         prepare_data.write_shard(path, part)
-    train, val = train.tolist(), val.tolist()
-    singles = collections.Counter(train)
-    pairs = collections.Counter(zip(train, train[1:], strict=False))
+    counts, first_counts = collections.Counter(train), collections.Counter(train[:-1])
+    pairs = collections.Counter(itertools.pairwise(train))
+    followers = collections.Counter(first for first, _ in pairs)  # of how many kinds
     unigram, bigram = [], []
-    for first, second in zip(val, val[1:], strict=False):
-        share = (singles[second] + 1) / (len(train) + 30)
+    for first, second in itertools.pairwise(val):
+        share = (counts[second] + 1) / (len(train) + 30)
         unigram.append(-np.log(share))
-        follow = [count for (before, _), count in pairs.items() if before == first]
-        kinds = max(1, len(follow))
-        bigram.append(-np.log((pairs[first, second] + kinds * share) / (sum(follow) + kinds)))
+        kinds = max(1, followers[first])
+        share = (pairs[first, second] + kinds * share) / (first_counts[first] + kinds)
+        bigram.append(-np.log(share))
     expected = {"uniform": np.log(30), "unigram": np.mean(unigram), "bigram": np.mean(bigram)}
-    counts = np.bincount(train, minlength=30)
-    found = prepare_data.baselines(paths[:4], paths[4:], counts)
+    found = prepare_data.baselines(paths[:4], paths[4:], np.bincount(train, minlength=30))
     assert found == pytest.approx(expected, rel=1e-9)
-
-
-def test_several_files_on_the_command_line(tmp_path):
-    """As the shell writes *.txt out."""
-    files = []
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text(f"This is {name}. " * 50, encoding="utf-8")
-        files.append(str(tmp_path / name))
-    prepare_data.main([*files, "--vocab_size=257", f"--out_dir={tmp_path / 'data'}"])
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 3
