@@ -1,9 +1,6 @@
 """Every patch in tests/changes is in force everywhere."""
 import ast
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +21,6 @@ RUN = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--max_step
        "--checkpoint_every=10", "--device=cpu", "--dtype=float32"]
 ENDINGS = [" who lived by the sea.", " named Tom", " wanted a kite. Then", " the"]
 QUESTIONS = [("Once there was a girl", ENDINGS, 0), ("Every night Mia dreamed", ENDINGS, 0)]
-KILLED = """import os, sys, train_gpt2
-train_gpt2.StopRequest.requested = lambda _, step: step == 24 and os.kill(os.getpid(), 9)
-train_gpt2.main(sys.argv[1:])"""
 
 
 def head_and_diff(name):
@@ -107,16 +101,11 @@ def test_a_patch_is_small(name, scripts, tmp_path):
     assert len(changed) <= 2
 
 
-def crash(names, module, argv, folder):
-    """Train until after step 24 and end there, two of the patches by a kill."""
-    if names in ("rope", "muon"):
-        command = [sys.executable, "-c", KILLED, *argv, f"--out_dir={folder}"]
-        status = subprocess.run(command, cwd=folder.parent / "scripts").returncode
-        assert status in (-9, 9)  # 9: on Windows
-    else:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(module.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
-            trained(module, argv, folder)
+def crash(module, argv, folder):
+    """Train until after step 24 and end there, without saving."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module.StopRequest, "requested", lambda _, step: step == 24 and 1 / 0)
+        trained(module, argv, folder)
 
 
 @pytest.mark.parametrize("names", [*PATCHES, SIX])
@@ -133,17 +122,13 @@ def test_a_change_is_in_force_everywhere(names, scripts, plain, tuned, stories, 
         seen = changes(whole, unpatched)
         assert head.endswith(f"Changes: {seen}")
 
-    crash(names, train_gpt2, argv, tmp_path / "broken")
+    crash(train_gpt2, argv, tmp_path / "broken")
     broken = trained(train_gpt2, argv, tmp_path / "broken")
     assert f"continuing {broken.folder} from step 20" in capsys.readouterr().out
     assert changes(broken, whole) == ""
     weights = weights_of(whole.folder)
     same_tensors(weights, weights_of(broken.folder))
 
-    if names == "gqa":  # of other shapes: a run of the plain model stays
-        there = shutil.copytree(plain.folder, tmp_path / "run")
-        assert train_gpt2.main([*argv, f"--out_dir={there}"]) == 0
-        assert (tmp_path / "run-2").exists()
     if names == "lora":  # the base is as it was
         base = torch.load(plain.folder / "best.pt", weights_only=True)
         assert float(whole.log[0]["val_loss"]) == base["best_val_loss"]

@@ -192,26 +192,6 @@ def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
     assert re.findall(r"## Step (\d+)", samples) == ["20", "40", "60"]
 
 
-def sleep_after_a_step():
-    log_step = train_gpt2.Run.log_step
-
-    def slow(*args):
-        log_step(*args)
-        time.sleep(60)
-    train_gpt2.Run.log_step = slow
-
-
-@posix
-def test_a_second_ctrl_c_leaves_at_once(tiny_run, tmp_path):
-    run = Child(tiny_run, tmp_path, sleep_after_a_step)
-    wait_for_step(run, tmp_path / "run", 0)
-    os.kill(run.process.pid, signal.SIGINT)
-    time.sleep(0.7)
-    assert run.process.is_alive()  # it would finish its step
-    os.kill(run.process.pid, signal.SIGINT)
-    assert "Traceback" not in run.ends_with(-signal.SIGINT, 5)
-
-
 def test_without_a_compiler(tiny_run, tmp_path):
     """A run that asks for torch.compile warns, and trains."""
     argv = [*tiny_run, "--max_steps=3", "--compile_model=true", "--device=cpu"]
@@ -225,8 +205,7 @@ def test_without_a_compiler(tiny_run, tmp_path):
 
 @posix
 def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
-    """The previous checkpoint stays whole; with room again, the end has the same bytes. A
-    RuntimeError that no disk caused keeps its traceback."""
+    """The previous checkpoint stays whole; with room again, the end has the same bytes."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_gpt2.main([*tiny_run, f"--out_dir={whole}"])
     stopped(9, tiny_run)
@@ -240,8 +219,6 @@ def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
     assert after.keys() == before.keys()
     assert train_gpt2.main(tiny_run) == 0
     compare(whole, run, 40)
-    with pytest.raises(RuntimeError, match="size"):
-        train_gpt2.write_atomically(tmp_path / "file", lambda file: torch.zeros(2) @ torch.zeros(3))
 
 
 # ---- Several processes ----

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import regex
 from conftest import fails
-from test_data import cut_of, documents_of, lines_of, parquet_of, prepare, text_lines
+from test_data import documents_of, lines_of, prepare, text_lines
 
 import prepare_data
 import train_gpt2
@@ -26,19 +26,6 @@ def test_only_the_text_column_matters(tmp_path):
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
     assert train + val == [*TEXTS[:22], *dates]
     assert '4 lines without "text" skipped\n' in output
-
-
-@pytest.mark.parametrize("name, pack, unit", [
-    ("a.jsonl", text_lines, "lines"),
-    ("a.parquet", lambda texts: parquet_of(text=texts), "rows"),
-])
-def test_empty_documents_are_skipped_before_the_cut(name, pack, unit, tmp_path):
-    texts = [*TEXTS[:30], "", *TEXTS[30:], *[None] * 9]
-    (tmp_path / name).write_bytes(pack(texts))
-    train, val, output = prepare(tmp_path / name, tmp_path / "out")
-    assert train == TEXTS[:cut_of(TEXTS)]
-    assert train + val == TEXTS
-    assert f'10 {unit} without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize(

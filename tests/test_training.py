@@ -164,11 +164,9 @@ def test_a_resumed_run_keeps_its_dtype_but_not_its_threads(trained, monkeypatch,
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
     """Even with rare logs, and with no effect on the weights."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--sample_every=100000",
-              "--checkpoint_every=100000", "--max_steps=100"]
+    seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--checkpoint_every=100000"]
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0
     assert "the same command resumes it" in capsys.readouterr().out
-    assert read_checkpoint(run / "ckpt.pt")["step"] < 100
     assert train_gpt2.main([*seldom, "--max_minutes=5"]) == 0
     output = capsys.readouterr().out
     assert f"continuing {run}" in output

@@ -76,7 +76,7 @@ def test_their_models_open_here(save, shape, tmp_path):
 
 
 def test_an_untied_model_is_fine_tuned(stories, tmp_path):
-    theirs = theirs_of(1024, **UNTIED)
+    theirs = theirs_of(train_gpt2.open_data(stories).tokenizer.vocab_size, **UNTIED)
     theirs.save_pretrained(tmp_path)
     argv = ["--preset=finetune", f"--init_from={convert(tmp_path)}", f"--data_dir={stories}",
             f"--out_dir={tmp_path / 'run'}", "--max_steps=3", "--learning_rate=1e-3"]
