@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import lzma
-import os
 import random
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import FULL, ROOT, contents, fails, posix, small_files
+from conftest import FULL, ROOT, contents, fails
 
 import prepare_data
 import train_gpt2
@@ -208,20 +207,6 @@ def test_killed_at_random_instants(tmp_path):
     assert contents(out) == contents(whole)
 
 
-@posix
-def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, capsys):
-    """With room again, the same command ends with the same bytes."""
-    (tmp_path / "tales.txt").write_bytes("\n".join(documents_of(2000)).encode())
-    argv = [str(tmp_path / "tales.txt"), "--shard_tokens=30000", "--vocab_size=300"]
-    assert prepare_data.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
-    argv.append(f"--out_dir={tmp_path / 'out'}")
-    with small_files(30_000):
-        assert "cannot write" in fails(prepare_data.main, argv, capsys)
-    assert os.listdir(tmp_path / "out") == [prepare_data.PROGRESS]
-    assert prepare_data.main(argv) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 # ---- The hub ----
 
 
@@ -235,13 +220,15 @@ def repository(**splits):
 
 
 def test_a_data_set_of_the_hub(tmp_path):
-    """Streamed through the unmodified library, while connections drop; its first documents are for
-    validation. Stopped after every shard it gives the same bytes."""
+    """Streamed through the unmodified library, while connections drop. Without a split for training
+    the first one is cut in two, and its first documents are for validation. Stopped after every
+    shard it gives the same bytes."""
     documents = documents_of(500, seed=2)
     files = CARD | {
-        "data/train-00000-of-00002.parquet": parquet_of(
+        "data/validation-00000-of-00002.parquet": parquet_of(
             story=[*documents[:99], None, *documents[99:250]]),
-        "data/train-00001-of-00002.parquet": parquet_of(story=documents[250:])}
+        "data/validation-00001-of-00002.parquet": parquet_of(story=documents[250:]),
+        "data/test-00000-of-00001.parquet": parquet_of(story=documents_of(9))}
     argv = ["hf:me/tales", "--text_column=story", "--vocab_size=400", "--shard_tokens=2000"]
     with hub.serve(datasets={"me/tales": files}, breaks=2) as (address, server):
         done = hub.run(address, tmp_path, *argv)
@@ -258,6 +245,7 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert texts_in(out, "val") + texts_in(out, "train") == documents
     assert 10 < len(texts_in(out, "val")) < 250
     assert '1 rows without "story" skipped' in done.stdout
+    assert "train and val are two parts of the split validation\n" in done.stdout
 
 
 def test_named_data_sets_of_the_hub(tmp_path):
@@ -278,18 +266,6 @@ def test_named_data_sets_of_the_hub(tmp_path):
     assert meta["tokenizer"]["kind"] == "char"
     lines = (tmp_path / train_gpt2.HELLASWAG).read_text().splitlines()
     assert json.loads(lines[1]) == {"ctx": "A dog", "endings": endings[1], "label": "1"}
-
-
-@pytest.mark.parametrize("splits", [["validation"], ["validation", "test"]])
-def test_a_data_set_without_a_training_split(splits, tmp_path):
-    """The first of its splits is cut in two, and the output says so."""
-    documents = documents_of(200)
-    files = repository(**{split: {"text": documents} for split in splits})
-    with hub.serve(datasets={"me/tales": files}) as (address, _):
-        done = hub.run(address, tmp_path, "hf:me/tales", "--vocab_size=300")
-    assert "train and val are two parts of the split validation\n" in done.stdout, done
-    out = tmp_path / "data" / "tales"
-    assert texts_in(out, "train") + texts_in(out, "val") == documents
 
 
 def test_without_a_network(tmp_path):
