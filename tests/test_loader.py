@@ -133,12 +133,13 @@ def open_files():
 @posix
 def test_more_shards_than_files_may_be_open(tmp_path):
     """Written and read: 600, where a system allows 200."""
-    (tmp_path / "a.txt").write_text("a tale of a king and a cat\n" * 1300)
+    text, out = tmp_path / "a.txt", tmp_path / "out"
+    text.write_text("a tale of a king and a cat\n" * 1300)
     with limited("RLIMIT_NOFILE", 200):
-        prepare_data.main([str(tmp_path / "a.txt"), "--shard_tokens=50", "--tokenizer=char",
-                           f"--out_dir={tmp_path}"])
+        argv = [str(text), "--shard_tokens=50", "--tokenizer=char", f"--out_dir={out}"]
+        prepare_data.main(argv)
         before = open_files()
-        loader = numbers(tmp_path)
+        loader = numbers(out)
         x, y = loader.batch(range(loader.rows_per_epoch))
         assert open_files() == before
     assert len(loader.shards) > 600
