@@ -93,13 +93,19 @@ def check_hellaswag(model, questions, logits_of=None, script=train_gpt2):
         assert choices.tolist() == [np.argmin(sums), np.argmin(means)]
 
 
-@pytest.mark.parametrize("block_size", [1024, 40])
-def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vocabulary):
-    questions = [("The", [" cat sat", " dog", " sky is blue today", " end"], 0)]  # one token
-    for line in lines_of(shared_file, 1000 if FULL else 30):
+def questions_of(shared_file, count):
+    questions = []
+    for line in lines_of(shared_file, count):
         question = json.loads(line)
         endings = [" " + ending for ending in question["endings"]]
         questions.append((question["ctx"], endings, question["label"]))
+    return questions
+
+
+@pytest.mark.parametrize("block_size", [1024, 40])
+def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vocabulary):
+    questions = questions_of(shared_file, 1000 if FULL else 30)
+    questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # one token
     model = small_model(gpt2_vocabulary, block_size)
     theirs = to_transformers(model)
     check_hellaswag(model, questions, lambda idx: theirs(idx).logits)
@@ -107,15 +113,17 @@ def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vo
 
 def test_hellaswag_reads_equal_contexts_together(shared_file, gpt2_vocabulary):
     """Each batch takes two passes: one for its contexts, one for their endings."""
-    encode = Tokenizer({"kind": "gpt2"}).encode
-    texts = [(encode(context), [encode(ending) for ending in endings])
-             for context, endings, _ in questions_of(shared_file, 1000)]
-    batches = question_batches(texts)
+    encode = gpt2_vocabulary.encode
+    texts = []
+    for context, endings, _ in questions_of(shared_file, 1000):
+        texts.append((encode(context), [*map(encode, endings)]))
+    batches = train_gpt2.question_batches(texts)
     assert sorted(itertools.chain(*batches)) == list(range(1000))
     assert 2 * len(batches) <= 300
     whole_set = random.Random(0).choices(texts, k=10_042)
-    assert 2 * len(question_batches(whole_set)) <= 1500
-    for batch in question_batches(whole_set):
+    batches = train_gpt2.question_batches(whole_set)
+    assert 2 * len(batches) <= 1500
+    for batch in batches:
         assert len({len(whole_set[number][0]) for number in batch}) == 1
 
 

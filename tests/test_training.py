@@ -139,8 +139,10 @@ def test_a_checkpoint_of_older_code(trained, capsys):
     for where in ("code", "progress", "config tie_weights", "settings tie_weights",
                   "settings resume", "settings compare"):
         put(checkpoint, where, None)
-    states = checkpoint["optimizer"]["state"].values()  # they were numbered
-    checkpoint["optimizer"]["state"] = dict(enumerate(states))
+    # They were numbered, matrices first
+    states, weights = checkpoint["optimizer"]["state"], checkpoint["model"]
+    names = sorted(states, key=lambda name: weights[name].dim() < 2)
+    checkpoint["optimizer"]["state"] = {i: states[name] for i, name in enumerate(names)}
     torch.save(checkpoint, path)
     text = GPT.from_checkpoint(path).generate("Tale 7", max_new_tokens=5, seed=1)
     assert text.startswith("Tale 7")
