@@ -43,16 +43,12 @@ def stories(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def shared_file():
-    """Name of a real text -> its path; skips where the texts are missing."""
-    def find(name):
-        folder = os.environ.get("SHARED_DATA")
-        path = Path(folder or "", name)
-        if not folder or not path.exists():
-            pytest.skip(f"SHARED_DATA names no folder with {name}")
-        return path
-    return find
+def shared_file(name):
+    """The path of a real text; skips where the texts are missing."""
+    path = Path(os.environ.get("SHARED_DATA", "nowhere"), name)
+    if not path.exists():
+        pytest.skip(f"SHARED_DATA names no folder with {name}")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -219,11 +215,6 @@ def limited(name, value):
         yield
     finally:
         resource.setrlimit(limit, before)
-
-
-def small_files(size):
-    """No file may become larger, as on a full disk."""
-    return limited("RLIMIT_FSIZE", size)
 
 
 class Bomb:

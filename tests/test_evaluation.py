@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, fails, log_of, random_model, stopped
+from conftest import FULL, fails, log_of, random_model, shared_file, stopped
 from test_model import arrays, to_transformers
 
 import prepare_data
@@ -67,7 +67,7 @@ def test_validation_loss_agrees_with_numpy(rows, eval_tokens, stories):
         assert found[f"above_floor_{name}"] == pytest.approx(above, abs=1e-5)
 
 
-def lines_of(shared_file, count):
+def hellaswag_lines(count):
     text = shared_file("hellaswag_val_first1000.jsonl").read_text(encoding="utf-8")
     return text.splitlines()[:count]
 
@@ -93,9 +93,9 @@ def check_hellaswag(model, questions, logits_of=None, script=train_gpt2):
         assert choices.tolist() == [np.argmin(sums), np.argmin(means)]
 
 
-def questions_of(shared_file, count):
+def questions_of(count):
     questions = []
-    for line in lines_of(shared_file, count):
+    for line in hellaswag_lines(count):
         question = json.loads(line)
         endings = [" " + ending for ending in question["endings"]]
         questions.append((question["ctx"], endings, question["label"]))
@@ -103,19 +103,19 @@ def questions_of(shared_file, count):
 
 
 @pytest.mark.parametrize("block_size", [1024, 40])
-def test_hellaswag_chooses_as_transformers_does(block_size, shared_file, gpt2_vocabulary):
-    questions = questions_of(shared_file, 1000 if FULL else 30)
+def test_hellaswag_chooses_as_transformers_does(block_size, gpt2_vocabulary):
+    questions = questions_of(1000 if FULL else 30)
     questions.append(("The", [" cat sat", " dog", " sky is blue today", " end"], 0))  # one token
     model = small_model(gpt2_vocabulary, block_size)
     theirs = to_transformers(model)
     check_hellaswag(model, questions, lambda idx: theirs(idx).logits)
 
 
-def test_hellaswag_reads_equal_contexts_together(shared_file, gpt2_vocabulary):
+def test_hellaswag_reads_equal_contexts_together(gpt2_vocabulary):
     """Each batch takes two passes: one for its contexts, one for their endings."""
     encode = gpt2_vocabulary.encode
     texts = []
-    for context, endings, _ in questions_of(shared_file, 1000):
+    for context, endings, _ in questions_of(1000):
         texts.append((encode(context), [*map(encode, endings)]))
     batches = train_gpt2.question_batches(texts)
     assert sorted(itertools.chain(*batches)) == list(range(1000))
@@ -127,12 +127,11 @@ def test_hellaswag_reads_equal_contexts_together(shared_file, gpt2_vocabulary):
         assert len({len(whole_set[number][0]) for number in batch}) == 1
 
 
-def test_hellaswag_in_a_run_and_by_itself(shared_file, gpt2_vocabulary, tmp_path, monkeypatch,
-                                          capsys):
+def test_hellaswag_in_a_run_and_by_itself(gpt2_vocabulary, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt2, "matmul_speed", lambda *_: 1e11)
     train_gpt2.HELLASWAG.parent.mkdir(parents=True)
-    train_gpt2.HELLASWAG.write_text("\n".join(lines_of(shared_file, 12)), encoding="utf-8")
+    train_gpt2.HELLASWAG.write_text("\n".join(hellaswag_lines(12)), encoding="utf-8")
     (tmp_path / "text.txt").write_text("Words to train on, and to be validated by. " * 100)
     prepare_data.main(["text.txt", "--tokenizer=gpt2", "--out_dir=data/text"])
     argv = ["--data_dir=data/text", "--rows=stream", "--dtype=float32", "--device=cpu"]

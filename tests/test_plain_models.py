@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, column
+from conftest import FULL, column, shared_file
 from test_data import lines_of, prepare
 from test_evaluation import evaluated
 from torch import nn
@@ -122,12 +122,12 @@ def train_plainly(model, loader, rows, max_steps, warmup, lr):
     return losses
 
 
-def test_a_plain_gpt2_takes_the_same_steps(stories, tmp_path, request):
+def test_a_plain_gpt2_takes_the_same_steps(stories, tmp_path):
     """GPT-2 124M with FULL_TESTS."""
     data, shape = stories, dict(n_layer=2, n_head=2, n_embd=32)
     if FULL:
         data, shape = tmp_path / "data", dict(n_layer=12, n_head=12, n_embd=768)
-        text = request.getfixturevalue("shared_file")("tinyshakespeare.txt")
+        text = shared_file("tinyshakespeare.txt")
         prepare_data.main([str(text), "--tokenizer=gpt2", f"--out_dir={data}"])
     vocab_size = train_gpt2.open_data(data).tokenizer.vocab_size
     config = train_gpt2.GPTConfig(vocab_size, block_size=112, **shape)

@@ -22,8 +22,8 @@ from conftest import (
     column,
     contents,
     fails,
+    limited,
     posix,
-    small_files,
     stop_after,
     stopped,
 )
@@ -210,7 +210,7 @@ def test_a_limit_on_file_size(tiny_run, tmp_path, capsys):
     train_gpt2.main([*tiny_run, f"--out_dir={whole}"])
     stopped(9, tiny_run)
     ckpt, before = Path("ckpt.pt"), contents(run)
-    with small_files(300_000):
+    with limited("RLIMIT_FSIZE", 300_000):  # bytes of a file, as on a full disk
         line = fails(train_gpt2.main, tiny_run, capsys)
     assert f"cannot write {run / ckpt} (File too large)" in line
     assert "make room" in line
