@@ -349,10 +349,10 @@ def test_a_text_that_changes(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, out = tmp_path / "a.txt", tmp_path / "out"
     argv = ["a.txt", "--tokenizer=char", "--out_dir=out"]
-    text.write_text("some words")
+    text.write_text("some words " * 9)
     prepare_data.main(argv)
     before = contents(out)
-    text.write_text("other words")
+    text.write_text("other words " * 9)
     assert "from another text" in fails(prepare_data.main, argv, capsys)
     assert contents(out) == before
 
