@@ -24,7 +24,7 @@ SHAPES = [
     dict(n_layer=2, n_head=3, n_embd=48),
     dict(n_layer=3, n_head=4, n_embd=64),
     dict(n_layer=2, n_head=2, n_embd=32, pos_encoding="sinusoidal", activation="relu"),
-    dict(tie_weights=False, n_embd=8),
+    dict(tie_weights=False, n_embd=8, activation="gelu_exact"),
 ]
 
 

@@ -2,6 +2,7 @@
 import functools
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -262,6 +263,32 @@ def test_a_process_that_dies(tiny_run, tmp_path):
 
 
 # ---- Numbers and memory ----
+
+
+def take_the_data_away():
+    """As on a second machine that nobody copied it to."""
+    if os.environ["RANK"] == "1":
+        open_data = train_gpt2.open_data
+        train_gpt2.open_data = lambda data_dir: open_data("elsewhere")
+
+
+def test_a_machine_without_the_data_names_itself(tiny_run, tmp_path):
+    _, second = together(2, [*tiny_run, f"--out_dir={tmp_path}/run"], tmp_path, take_the_data_away)
+    line = second.ends_with(2).strip().splitlines()[-1]
+    assert line.startswith("error: no train shards in elsewhere; ")
+    assert f"(process 1 on {platform.node()}: each machine needs the data" in line
+
+
+def test_several_processes_without_cuda_train_on_cpus(monkeypatch):
+    """A Mac has one MPS device, which gloo cannot reach."""
+    join = Mock()
+    monkeypatch.setattr(train_gpt2.dist, "init_process_group", join)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_gpt2.Process(train_gpt2.Settings()).device.type == "cpu"
+    join.assert_called_once_with("gloo")
 
 
 def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
