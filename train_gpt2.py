@@ -303,13 +303,13 @@ class GPT(nn.Module):
         self.initialize(init_std or 1 / math.sqrt(3 * config.n_embd))
 
     def initialize(self, init_std):
-        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1), the scales of
-        LayerNorms as 1. A sum of C terms grows as the root of C; 1 / sqrt(3 C), the std of a new
-        nn.Linear, cancels that for every width."""
+        """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). A sum of C terms
+        grows as the root of C; 1 / sqrt(3 C), the std of a new nn.Linear, cancels that."""
         # Tied, the token embedding is the output matrix too, and starts as small as the others.
-        # Of its own, it only feeds the residual stream, and starts at 1, as torch has it
+        # Of its own, it starts so large that what all blocks learn to add first, the same for each
+        # token, leaves it a share of the residual stream
         tied = self.config.tie_weights
-        embedding_std = init_std if tied else 1.0
+        embedding_std = init_std if tied else 2.0
         # Each block's two c_proj add to the residual stream. They start divided by the root of
         # 2 * n_layer, the number of additions: a deeper model's stream starts no larger (GPT-2
         # paper, section 2.3)
@@ -324,10 +324,11 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=init_std)
         if not tied:
-            # A head of zeros: the first loss is exactly ln V. With a scale of 5 in front of it, its
-            # logits grow soon. Tried after 300 steps (bits per byte): 1.92; with neither 2.08
+            # A head of zeros: the first loss is exactly ln V. The scale in front of it lets logits
+            # grow soon; the shift, the same for each token, tells how frequent tokens are
             nn.init.zeros_(self.lm_head.weight)
             nn.init.constant_(self.transformer.ln_f.weight, 5)
+            nn.init.constant_(self.transformer.ln_f.bias, 2)
         if self.config.pos_encoding == "sinusoidal":
             table = sinusoids(self.config.block_size, self.config.n_embd)
             if tied:  # sines, with a root mean square of 0.7, would drown such an embedding

@@ -156,8 +156,8 @@ def size(weights):
 @pytest.mark.parametrize("tied, init_std, matrices, embeddings, sinusoids", [
     (True, 0.02, 0.02, 0.02, 0.02),
     (True, 0.08, 0.08, 0.08, 0.08),
-    (False, 0.08, 0.08, 1, math.sqrt(1 / 2)),
-    (False, None, 1 / math.sqrt(3 * 96), 1, math.sqrt(1 / 2)),
+    (False, 0.08, 0.08, 2, math.sqrt(1 / 2)),
+    (False, None, 1 / math.sqrt(3 * 96), 2, math.sqrt(1 / 2)),
 ])
 def test_initial_weights(tied, init_std, matrices, embeddings, sinusoids):
     """Their sizes; residual projections are divided by the root of 2 * n_layer. A table of
@@ -177,6 +177,7 @@ def test_initial_weights(tied, init_std, matrices, embeddings, sinusoids):
     if not tied:
         assert size(model.lm_head.weight) == 0
         assert size(model.transformer.ln_f.weight) == 5
+        assert size(model.transformer.ln_f.bias) == 2
     fixed = GPT(GPTConfig(**shape, pos_encoding="sinusoidal"), init_std)
     assert size(fixed.transformer.wpe.weight) == pytest.approx(sinusoids, rel=1e-5)
     assert fixed.num_parameters() == model.num_parameters() - 24 * 96

@@ -162,7 +162,8 @@ def docstrings(size):
     return found
 
 
-def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
+@pytest.mark.parametrize("rate", [1e-3, 4e-3])
+def test_gpt2_nano_beside_the_model_that_it_follows(rate, tmp_path):
     """From BPE to report, on docstrings in place of FineWeb-Edu. FULL_TESTS: 5 MB, 300 steps, a
     tenth of its size."""
     size, V, T, C, rows, max_steps = 200_000, 400, 32, 16, 8, 60
@@ -175,7 +176,7 @@ def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
     train_gpt2.main([
         "--preset=gpt2_nano", f"--data_dir={data}", f"--out_dir={run}", f"--n_embd={C}",
         f"--block_size={T}", f"--batch_size={rows}", f"--max_steps={max_steps}",
-        "--warmup_steps=10", "--learning_rate=1e-3", f"--sample_every={max_steps // 2}",
+        "--warmup_steps=10", f"--learning_rate={rate}", f"--sample_every={max_steps // 2}",
         "--dtype=float32"])
     assert (run / "samples.md").read_text().count("## Step") == 2
     assert "bits per byte" in (run / "report.md").read_text()
@@ -184,7 +185,7 @@ def test_gpt2_nano_beside_the_model_that_it_follows(tmp_path):
     torch.manual_seed(1)
     original = PlainModel(V, T, 12, 8, C, original=True)
     loader = ShardedLoader(data, "train", T, "stream", 1)
-    train_plainly(original, loader, rows, max_steps, 10, 1e-3)
+    train_plainly(original, loader, rows, max_steps, 10, rate)
     theirs = evaluated(data, original, rows="stream", block_size=T)["val_bits_per_byte"]
     print(f"bits per byte after {max_steps} steps: gpt2_nano {ours:.3f}, original {theirs:.3f}")
     assert ours < 0.96 * first
