@@ -103,7 +103,7 @@ def one_line(what, advice=""):
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        reason = f"{type(error).__name__}: {error}"
         if NETWORK.search("".join(traceback.format_exception(error))):
             reason = "the network failed; later, the same command goes on"
         raise UserError(f"{what} ({textwrap.shorten(reason, 200)}){advice}") from None
@@ -182,7 +182,8 @@ def open_file(path, mode, **how):
     return library.open(path, mode, **how)
 
 
-MARK = re.compile(rf"^{re.escape(END_OF_TEXT)}\r?$\n?", re.M)
+# A line of it, whether lines end with \n, \r\n or \r
+MARK = re.compile(rf"(?:\A|(?<=[\r\n])){re.escape(END_OF_TEXT)}(?:\r\n|\r|\n|\Z)")
 
 
 def read_text(path, column):
@@ -242,24 +243,24 @@ def read_parquet(path, column):
     # A megabyte at a time: by itself the library reads a gigabyte ahead
     with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         check_column(file.schema_arrow, column)
-        columns = (table.column(0) for table in file.iter_batches(ROWS, columns=[column]))
-        for row, value in enumerate(itertools.chain.from_iterable(columns), 1):
-            yield text_of(value, f"{path}, row {row}"), True
+        for table in file.iter_batches(ROWS, columns=[column]):
+            for text in texts_of(table.column(0)):
+                yield text, True
 
 
-def read_hub(repository, column, where):
-    """The source of a split of a data set on the hub, (its name, its configuration, the split).
-    It is streamed. where: the state of the library's stream, and the row after that."""
+def read_hub(name, config, column, split, where):
+    """The source of a split of a data set on the hub, which is streamed. where: the state of the
+    library's stream, and the row after that."""
     state, first = where or (None, 0)
-    with one_line(f"cannot read {repository[0]} from the hub", OFFLINE):
-        rows = open_hub(*repository).with_format("arrow")
+    with one_line(f"cannot read {name} from the hub", OFFLINE):
+        rows = open_hub(name, config, split).with_format("arrow")
         if state:
             rows.load_state_dict(state)
         for table in rows.iter(ROWS):
             check_column(table.schema, column)
-            for row, value in enumerate(table[column]):
+            for row, text in enumerate(texts_of(table[column])):
                 if row >= first:
-                    yield (state, row), (text_of(value, repository[0]), True)
+                    yield (state, row), (text, True)
             # Only now: before that, the library does not return the state that it was given
             state, first = rows.state_dict(), 0
 
@@ -271,13 +272,12 @@ def check_column(schema, column):
                         f"--text_column, from {', '.join(schema.names)}")
 
 
-def text_of(value, place):
-    """The text in a cell of a table, "" if there is none."""
-    try:
-        text = value.as_py() or ""
-        return text.decode("utf-8") if isinstance(text, bytes) else text
-    except UnicodeDecodeError:
-        raise UserError(f"{place}, has text that is not UTF-8") from None
+def texts_of(column):
+    """The texts in a column of a table, "" where there is none."""
+    for text in column.to_pylist():
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        yield text or ""
 
 
 # ---- Which source: the stories, files or the hub ----
@@ -366,24 +366,24 @@ def split_source(source, s, paths=(), enough=sys.maxsize):
     input shows early. But a stream that has more than `enough` characters is cut there: its first
     documents are for validation, since its end is far."""
     starts = array.array("q")
-    size = 0
-    for _, text, begins in Part(source).pieces():
-        if begins:
+    size = marks = 0
+    for _, (text, begins) in source(0):
+        if begins and text:
             if size >= enough:
                 return {"train": Part(source, size), "val": Part(source, 0, size)}
             starts.append(size)
         size += len(text)
+        marks += text.count(END_OF_TEXT)
     if not starts:
         raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}"
                         f"{''.join(map(columns_of, paths[:1]))}")
     if len(starts) > len(paths) > 0 and reader_of(paths[0]) is read_text:
         print(f"lines of {END_OF_TEXT} cut the text into {len(starts):,} documents")
+    if marks:
+        print(f"note: {END_OF_TEXT} inside of a document stays text ({marks:,} times)")
     cut = int(size * (1 - s.val_fraction))
-    if s.dataset == "stories":
-        held_out = HELD_OUT  # few: stories are all alike, and are measured often
-        if s.val_fraction != Settings.val_fraction:
-            held_out = max(1, round(STORIES * s.val_fraction))
-        cut = starts[-held_out]
+    if s.dataset == "stories" and s.val_fraction == Settings.val_fraction:
+        cut = starts[-HELD_OUT]  # few: stories are all alike, and are measured often
     elif len(starts) > 1:
         cut = min(starts[1:], key=lambda start: abs(start - cut))
     if min(cut, size - cut) < 4:
@@ -398,18 +398,15 @@ def open_repository(s):
     with one_line(f"cannot read {s.dataset} from the hub", OFFLINE):
         import datasets
         splits = datasets.get_dataset_split_names(name, config)
-    first = splits[0]
-    if "train" in splits:
-        first = "train"
-    own = [split for split in splits if split.startswith("val") and split != first]
-    train = partial(read_hub, (name, config, first), s.text_column)
-    if own:
-        print(f"train is the split {first}, val the split {own[0]}")
-        return {"train": Part(train),
-                "val": Part(partial(read_hub, (name, config, own[0]), s.text_column))}
-    print(f"train and val are two parts of the split {first}")
+    train = "train" if "train" in splits else splits[0]
+    source = partial(read_hub, name, config, s.text_column)
+    for split in splits:
+        if split.startswith("val") and split != train:
+            print(f"train is the split {train}, val the split {split}")
+            return {"train": Part(partial(source, train)), "val": Part(partial(source, split))}
+    print(f"train and val are two parts of the split {train}")
     wanted = int(min(s.shard_tokens, (s.max_tokens or sys.maxsize) * s.val_fraction))
-    return split_source(train, s, (), 4 * max(1, wanted))
+    return split_source(partial(source, train), s, (), 4 * max(1, wanted))
 
 
 def open_source(s, paths):
@@ -538,18 +535,17 @@ def encode_array(tokenizer, text):
     kind = tokenizer.spec["kind"]
     if kind == "char":
         return np.fromiter(map(tokenizer.ids.get, text), np.uint16, len(text))
-    pieces = safe_pieces(text, LONGEST)
-    if kind == "sentencepiece":
-        ids = [*map(tokenizer.encode, pieces)]
-    else:
+    encode = tokenizer.encode
+    if kind != "sentencepiece":
         encode = partial(tokenizer.encoding.encode_to_numpy, disallowed_special=())
-        ids = [*map(encode, pieces)]
-    return np.concatenate(ids).astype(np.uint16)
+    if len(text) <= LONGEST:
+        return encode(text)
+    return np.concatenate([*map(encode, safe_pieces(text, LONGEST))])
 
 
 # ---- Shards ----
 
-BATCH = 16  # pieces that a thread encodes at a time
+BATCH = 100_000  # characters that a thread encodes at a time
 NEW = dict(shards=0, place=START, used=0, documents=0, skipped=0)  # a split's state
 
 
@@ -558,29 +554,51 @@ def separator(tokenizer):
     return tokenizer.document_start * (2 if tokenizer.eot is None else 1)
 
 
+def batches(pieces):
+    """Lists of pieces, of some BATCH characters each."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode_batch(batch, tokenizer):
-    """[(place, begins, (n,) uint16 ids)], a separator before each document"""
+    """A batch's (n,) uint16 ids, with a separator before each document; where in them documents
+    begin; and how many of its texts are empty."""
     before = np.array(separator(tokenizer), np.uint16)
-    found = []
+    found, starts, size, empty = [before[:0]], [], 0, 0
     for place, text, begins in batch:
-        ids = encode_array(tokenizer, text)
+        if begins:
+            starts.append(size)
         if begins and (place.documents > 0 or tokenizer.eot is not None):
-            ids = np.concatenate([before, ids])
-        found.append((place, begins, ids))
-    return found
+            found.append(before)
+            size += len(before)
+        if text:
+            found.append(encode_array(tokenizer, text))
+            size += len(found[-1])
+        else:
+            empty += 1
+    return np.concatenate(found).astype(np.uint16), starts, empty
 
 
 def encoded(pieces, tokenizer):
-    """Encodes pieces on all cores, some batches ahead, and yields them in their order."""
+    """Encodes pieces on all cores, some batches ahead. Yields (the place of a batch, its ids, ...)
+    in their order."""
     workers = os.cpu_count() or 1
     waiting = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
-        while batch := [*itertools.islice(pieces, BATCH)]:
-            waiting.append(pool.submit(encode_batch, batch, tokenizer))
+        for batch in batches(pieces):
+            waiting.append((batch[0][0], pool.submit(encode_batch, batch, tokenizer)))
             if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        for result in waiting:
-            yield from result.result()
+                place, result = waiting.popleft()
+                yield place, *result.result()
+        for place, result in waiting:
+            yield place, *result.result()
 
 
 def write_split(s, path, part, tokenizer, at):
@@ -597,7 +615,7 @@ def write_split(s, path, part, tokenizer, at):
     pieces = encoded(part.pieces(at["place"]), tokenizer)
     bar = tqdm(desc=path[-5:], unit=" tokens", unit_scale=True, initial=tokens, disable=None)
     with bar, contextlib.closing(pieces):
-        for place, begins, ids in pieces:
+        for place, ids, starts, empty in pieces:
             fresh = ids[used:used + limit - tokens]
             waiting.append(fresh)
             tokens, used, size = tokens + len(fresh), used + len(fresh), size + len(fresh)
@@ -609,9 +627,8 @@ def write_split(s, path, part, tokenizer, at):
                 number += 1
                 at.update(shards=at["shards"] + 1, place=place, used=used - size)
                 yield
-            at["documents"] = place.documents + begins
-            if len(ids) == 0:
-                at["skipped"] += 1
+            at["documents"] = place.documents + bisect.bisect_left(starts, used)
+            at["skipped"] += empty
             if tokens == limit:
                 break
             used = 0
@@ -793,8 +810,7 @@ def prepare(s):
     report(folder, meta)
     skipped = sum(at["skipped"] for at in progress["splits"].values())
     if skipped:
-        unit = "lines" if paths and reader_of(paths[0]) is read_lines else "rows"
-        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
+        print(f'{skipped:,} rows without "{s.text_column}" skipped')
 
 
 # ---- The BPE trainer ----
@@ -1077,7 +1093,8 @@ def entropy_floor(s, folder, tokenizer, val):
 
 # transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-ACTIVATIONS = {"relu": "relu"} | dict.fromkeys(  # all of these are GPT-2's GELU, by tanh
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu_exact", "gelu_python": "gelu_exact"}
+ACTIVATIONS |= dict.fromkeys(  # all of these are GPT-2's GELU, by tanh
     ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"], "gelu")
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
              scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
@@ -1111,17 +1128,20 @@ def shape_of(config):
 
 
 def weight_names():
-    """The names of files of weights, and of their parts, first those that are read first."""
-    names = ["model{}.safetensors", "pytorch_model{}.bin"]
+    """The names of files of weights, first those that are read first."""
+    names = ["model.safetensors", "pytorch_model.bin"]
     return names if importlib.util.find_spec("safetensors") else names[::-1]
 
 
 def weight_files(folder):
-    """A folder's files of weights: a whole one, or its parts."""
+    """A folder's files of weights: a whole one, or the parts that its index names."""
     for name in weight_names():
-        for part in ("", "-*"):
-            if found := sorted(folder.glob(name.format(part))):
-                return found
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            parts = json.loads(index.read_bytes())["weight_map"].values()
+            return [folder / part for part in sorted({*parts})]
     raise ValueError("it has no weights")
 
 
@@ -1138,8 +1158,9 @@ def download_model(name):
         config_of(read_config(folder))
         print(f"downloading {repository}", flush=True)
         for name in weight_names():
-            get(allow_patterns=[name.format("*")])
-            if any(folder.glob(name.format("*"))):
+            pattern = name.replace(".", "*.") + "*"  # the parts and the index too
+            get(allow_patterns=[pattern])
+            if any(folder.glob(pattern)):
                 break
     return folder
 
@@ -1163,9 +1184,11 @@ def read_model(place):
     found = load_tensors(place)
     if "model_args" not in found:
         raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
-    print("note: nanoGPT's GELU is exact since June 2023: logits may differ by 0.001")
+    print("note: its GELU is taken to be exact, as nanoGPT's is since June 2023; before that it was "
+          "GPT-2's, and logits may differ by 0.001")
     theirs = found["model_args"]
-    return theirs | {"n_positions": theirs["block_size"]}, found["model"]
+    as_config = {"n_positions": theirs["block_size"], "activation_function": "gelu"}
+    return theirs | as_config, found["model"]
 
 
 def fit(model, tensors, theirs):
@@ -1295,9 +1318,7 @@ def convert_weights(name, out_dir=""):
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="dataset")
     check_ranges(s, shard_tokens=(2, 2**31 - 1), max_tokens=(2, 2**63), seed=(0, 2**63),
-                 val_fraction=(1e-9, 0.999))
-    if s.tokenizer not in ("gpt2", "char"):
-        check_ranges(s, vocab_size=(257, 65_536))
+                 val_fraction=(1e-9, 0.999), vocab_size=(257, 65_536))
     if isinstance(s.dataset, str) and is_model(s.dataset):
         convert_weights(s.dataset, s.out_dir)
     elif s.dataset == "hellaswag":
