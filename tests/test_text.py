@@ -25,21 +25,19 @@ def test_only_the_text_column_matters(tmp_path):
         (tmp_path / f"{i}.jsonl").write_bytes(data)
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
     assert train + val == [*TEXTS[:22], *dates]
-    assert '4 lines without "text" skipped\n' in output
+    assert '4 rows without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("empty", ["", None])
 def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
     texts = [*TEXTS[:30], empty, *TEXTS[30:], *[empty] * 9]
-    data, unit = text_lines(texts), "lines"
-    if kind == "parquet":
-        data, unit = parquet_of(text=texts), "rows"
+    data = parquet_of(text=texts) if kind == "parquet" else text_lines(texts)
     (tmp_path / f"a.{kind}").write_bytes(data)
     train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
     assert train == TEXTS[:cut_of(TEXTS)]
     assert train + val == TEXTS
-    assert f'10 {unit} without "text" skipped\n' in output
+    assert '10 rows without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize(
