@@ -163,15 +163,13 @@ def at_hand(read, where):
     return itertools.islice(enumerate(read()), where, None)
 
 
-def read_strings(texts):
+def read_all(texts, paths, column):
+    """Yields (text, begins) of texts, and of files."""
     for text in texts:
         yield text, True
-
-
-def read_files(read, paths, column):
     for path in paths:
         with one_line(f"cannot read {path}"):
-            yield from read(path, column)
+            yield from reader_of(path)(path, column)
 
 
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
@@ -218,23 +216,20 @@ def read_more(file, path):
 
 
 def read_lines(path, column):
+    """A line of JSON is a document, "" if it has no such text."""
     with open_file(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield text_in(line, column, f"{path}, line {number}"), True
-
-
-def text_in(line, column, place):
-    """The text in a line of JSON, "" if there is none. Raises UserError if it is not JSON."""
-    with one_line(f"{place}, is not JSON in UTF-8"):
-        # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
-        row = json.loads(line.decode("utf-8-sig"), parse_int=float)
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        return ""
-    text = row[column]
-    if b"\\u" in line:  # an escape can be half of a surrogate pair, which is not a character
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+            if line.isspace():
+                continue
+            with one_line(f"{path}, line {number}, is not JSON in UTF-8"):
+                # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
+                row = json.loads(line.decode("utf-8-sig"), parse_int=float)
+            text = ""
+            if isinstance(row, dict) and isinstance(row.get(column), str):
+                text = row[column]
+            if b"\\u" in line:  # an escape can be half of a surrogate pair, which is no character
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text, True
 
 
 def read_parquet(path, column):
@@ -411,14 +406,14 @@ def open_repository(s):
 
 def open_source(s, paths):
     """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
+    texts = []
     if s.dataset == "stories":
-        read = partial(read_strings, [*map(text_of_story, write_stories(s.seed))])
+        texts = [*map(text_of_story, write_stories(s.seed))]
     elif s.dataset == "shakespeare":
-        read = partial(read_strings, [download(SHAKESPEARE_URL)])
-    elif paths:
-        read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
-    else:
+        texts = [download(SHAKESPEARE_URL)]
+    elif not paths:
         return open_repository(s)
+    read = partial(read_all, texts, paths, s.text_column)
     return split_source(partial(at_hand, read), s, paths)
 
 
@@ -707,12 +702,14 @@ def baselines(train, val, counts):
 
 def describe(folder, name, tokenizer, splits):
     """What meta.json says of the shards."""
-    meta, shards, counts = {"dataset": name, "tokenizer": tokenizer.spec}, shard_paths(folder), {}
+    meta, shards = {"dataset": name, "tokenizer": tokenizer.spec}, shard_paths(folder)
     for split, at in splits.items():
-        counts[split] = count_tokens(shards[split], tokenizer.vocab_size)
-        meta[split] = {"tokens": int(counts[split].sum()), "documents": at["documents"],
-                       "bytes": int(counts[split] @ tokenizer.token_bytes())}
-    meta["landmarks"] = baselines(shards["train"], shards["val"], counts["train"])
+        counts = count_tokens(shards[split], tokenizer.vocab_size)
+        meta[split] = dict(tokens=int(counts.sum()), documents=at["documents"],
+                           bytes=int(counts @ tokenizer.token_bytes()))
+        if split == "train":
+            train_counts = counts
+    meta["landmarks"] = baselines(shards["train"], shards["val"], train_counts)
     return meta
 
 
@@ -773,7 +770,8 @@ def claim(folder, settings):
 
 def prepare(s):
     """Text to shards. What an earlier, unfinished run has written is kept."""
-    words = [*map(os.path.expanduser, [s.dataset] if isinstance(s.dataset, str) else s.dataset)]
+    words = [s.dataset] if isinstance(s.dataset, str) else s.dataset
+    words = [*map(os.path.expanduser, words)]
     s.dataset = " ".join(words)
     paths, name = find_files(words), name_of(words)
     kind, folder = USUAL.get(s.dataset, "bpe"), f"data/{name}"
@@ -1114,8 +1112,8 @@ def config_of(theirs):
     if activation not in ACTIVATIONS:
         raise ValueError(f"its activation_function is {activation!r}, none of GPT-2's")
     config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return config | {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation],
-                     "tie_weights": theirs.get("tie_word_embeddings", True)}
+    return config | dict(block_size=theirs["n_positions"], activation=ACTIVATIONS[activation],
+                         tie_weights=theirs.get("tie_word_embeddings", True))
 
 
 def read_config(folder):
@@ -1188,8 +1186,8 @@ def read_model(place):
     found = load_tensors(place)
     if "model_args" not in found:
         raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
-    print("note: its GELU is taken to be exact, as nanoGPT's is since June 2023; before that it was "
-          "GPT-2's, and logits may differ by 0.001")
+    print("note: its GELU is taken to be exact, as nanoGPT's is since June 2023; older ones have "
+          "GPT-2's, by tanh, and their logits differ by some 0.001")
     theirs = found["model_args"]
     as_config = {"n_positions": theirs["block_size"], "activation_function": "gelu"}
     return theirs | as_config, found["model"]
@@ -1266,7 +1264,7 @@ def read_tokenizer(folder, vocab_size):
 def is_model(name):
     """Whether a name is that of a GPT-2 to convert."""
     return (name in OPENAI_NAMES or name.startswith("model:") or name.endswith(".pt")
-            or os.path.isfile(os.path.join(name, "config.json")))
+            or Path(name, "config.json").expanduser().is_file())
 
 
 def convert_weights(name, out_dir=""):
@@ -1294,19 +1292,18 @@ def convert_weights(name, out_dir=""):
             place = download_model(name)
         theirs, tensors = read_model(place)
         config = config_of(theirs)
-        tokenizer, rows = read_tokenizer(place, config["vocab_size"]), config["vocab_size"]
+        tokenizer = read_tokenizer(place, config["vocab_size"])
         command = "without a tokenizer"
         if tokenizer:
-            config["vocab_size"] = len(tokenizer.get("ranks", range(50256))) + 1
+            size = len(tokenizer.get("ranks", range(50256))) + 1
+            if size < config["vocab_size"]:
+                cut = config["vocab_size"] - size
+                print(f"{cut:,} rows behind the tokenizer's last id are cut off")
+            config["vocab_size"] = size
             command = "now: " + shlex.join(["python", "sample.py", f"--checkpoint={path}"])
-        if rows > config["vocab_size"]:
-            cut = rows - config["vocab_size"]
-            print(f"{cut:,} rows behind the tokenizer's last id are cut off")
         model = shape_of(config)
         weights = fit(model, tensors, theirs)
-    settings = {}
-    if theirs.get("starts_documents") is True:
-        settings["rows"] = "documents"
+    settings = {"rows": "documents"} if theirs.get("starts_documents") is True else {}
     checkpoint = make_checkpoint(model, settings=settings)
     checkpoint |= {"model": weights, "tokenizer": tokenizer, "source": source}
     make_folder(path.parent)

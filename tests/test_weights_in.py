@@ -63,9 +63,13 @@ def test_their_models_open_here(size, form, tmp_path):
     assert checkpoint["settings"] == {}
 
 
-@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"])
-def test_activations_that_are_gpt2s(name, tmp_path):
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate",
+                                  "relu", "gelu", "gelu_python"])
+def test_activations_that_are_here_too(name, tmp_path):
+    """The last two are the exact GELU. Large weights tell it from GPT-2's."""
     theirs = theirs_of(**SMALL, activation_function=name)
+    for parameter in theirs.transformer.h.parameters():
+        parameter.data.mul_(9)
     theirs.save_pretrained(tmp_path)
     agree(GPT.from_checkpoint(convert(tmp_path)), theirs)
 
@@ -78,12 +82,20 @@ def test_without_safetensors(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)  # so an import fails
     with pytest.raises(UserError, match="pip install safetensors"):
         convert(tmp_path)
-    names, shards = [*theirs.state_dict()], [{}, {}]
-    for i, name in enumerate(names):
-        shards[i % 2][name] = theirs.state_dict()[name]
-    for i, shard in enumerate(shards):
-        torch.save(shard, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    shards, index = {"a.bin": {}, "b.bin": {}}, {}
+    for i, (name, tensor) in enumerate(theirs.state_dict().items()):
+        index[name] = [*shards][i % 2]
+        shards[index[name]][name] = tensor
+    for name, shard in shards.items():
+        torch.save(shard, tmp_path / name)
+    # What an earlier save left is in no index
+    torch.save({"transformer.wpe.weight": torch.zeros(2)},
+               tmp_path / "pytorch_model-00009-of-00009.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     agree(GPT.from_checkpoint(convert(tmp_path)), theirs)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(UserError, match="b.bin"):
+        convert(tmp_path)
 
 
 def nanogpt_of(theirs, vocab_size, bias):
@@ -105,13 +117,15 @@ def nanogpt_of(theirs, vocab_size, bias):
 def test_a_checkpoint_of_nanogpt(bias, tmp_path, monkeypatch, capsys):
     """Biases that are missing are zeros; rows behind GPT-2's ids are cut off."""
     monkeypatch.chdir(tmp_path)
-    theirs = theirs_of(50257, **LARGER)
+    theirs = theirs_of(50257, **LARGER, activation_function="gelu")
     for name, parameter in theirs.named_parameters():
         if name.endswith(".bias") and not bias:
             parameter.data.zero_()
     torch.save(nanogpt_of(theirs, 50304, bias), "ckpt.pt")
     assert prepare_data.main(["ckpt.pt"]) == 0
-    assert "47 rows behind the tokenizer's last id are cut off" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "47 rows behind the tokenizer's last id are cut off" in output
+    assert "GELU is taken to be exact" in output
     agree(GPT.from_checkpoint("out/ckpt/best.pt"), theirs)
     assert torch.load("out/ckpt/best.pt", weights_only=True)["tokenizer"] == {"kind": "gpt2"}
 
@@ -340,7 +354,7 @@ DAMAGE = {
     "safetensors that claim more than the file": safe(
         b'{"a": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000]}}'),
     "no JSON": lambda folder: (folder / "config.json").write_bytes(b"[" * 100_000),
-    "another GELU": config(activation_function="gelu"),
+    "another GELU": config(activation_function="quick_gelu"),
     "a billion layers": config(n_layer=10**9), "another model": config(model_type="bert")}
 
 
@@ -355,7 +369,7 @@ def test_a_folder_that_means_harm(name, tmp_path, capsys, monkeypatch):
     line = fails(prepare_data.main, ["."], capsys)
     assert contents(tmp_path) == before  # nothing exploded
     if name in ("another GELU", "another model"):
-        assert f"is {'gelu' if name == 'another GELU' else 'bert'!r}" in line
+        assert f"is {'quick_gelu' if name == 'another GELU' else 'bert'!r}" in line
 
 
 def test_a_head_of_its_own(tmp_path, capsys):
