@@ -312,7 +312,7 @@ def find_files(words):
             paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            what = "a folder" if os.path.isdir(path) else "no such file"
+            what = "a folder or device" if os.path.exists(path) else "no such file"
             for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
                 what = f"no such file, did you mean {near}"
             raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME (a "
@@ -1264,7 +1264,7 @@ def read_tokenizer(folder, vocab_size):
 def is_model(name):
     """Whether a name is that of a GPT-2 to convert."""
     return (name in OPENAI_NAMES or name.startswith("model:") or name.endswith(".pt")
-            or Path(name, "config.json").expanduser().is_file())
+            or os.path.isfile(os.path.join(os.path.expanduser(name), "config.json")))
 
 
 def convert_weights(name, out_dir=""):
@@ -1273,7 +1273,7 @@ def convert_weights(name, out_dir=""):
     that transformers wrote, or a checkpoint of nanoGPT's. Nothing in it is executed. Raises
     UserError for anything but a GPT-2."""
     path = Path(out_dir, "best.pt") if out_dir else converted_path(name.removesuffix(".pt"))
-    place, source = Path(name).expanduser(), name
+    place, source = Path(os.path.expanduser(name)), name
     with one_line(f"{name} holds no GPT-2 that can be converted"):
         if name.endswith(".pt"):
             source = checksum(place)

@@ -325,6 +325,7 @@ def test_shakespeare(tmp_path, monkeypatch, capsys):
 
 MISTAKES = """\
 . | a folder
+~nobody/a.txt | no such file
 a.csv | of one kind
 z.zst | of one kind
 empty.jsonl | 0 documents
