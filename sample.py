@@ -231,6 +231,9 @@ def check_size(model):
         raise UserError(f"{ANOTHER}it has {found:,} parameters, not {expected:,}")
 
 
+GELUS = {"gelu": "gelu_new", "gelu_exact": "gelu"}  # transformers' names for both
+
+
 def config_of(model):
     """What config.json holds: the model's shape under transformers' names."""
     c = model.config
@@ -238,7 +241,7 @@ def config_of(model):
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
         "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
-        "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
+        "activation_function": GELUS.get(c.activation, c.activation),
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
         "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
         "bos_token_id": eot, "eos_token_id": eot,
@@ -467,6 +470,8 @@ def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="prompt")
     check_settings(s)
     keep_memory()
+    if sys.stdin is None:  # closed by whoever started this: it is read as an empty one
+        sys.stdin = open(os.devnull, encoding="utf-8")
     with contextlib.suppress(AttributeError, OSError):  # a notebook's stdin, or one in use
         sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
     device = pick_device(s.device)

@@ -1,4 +1,4 @@
-"""Train a GPT-2 from scratch, in one file that you can read in an evening.
+"""Train a GPT-2 from scratch, in one file. Its first part can be read in an evening.
 
     python train_gpt2.py                              # offline, 3 minutes: learns little stories
     python train_gpt2.py --n_layer=4 --max_steps=500  # each setting below is also an option
@@ -92,7 +92,7 @@ class Settings:
     n_head: int = 4  # attention heads in each block
     n_embd: int = 96  # width: the embedding dimension
     pos_encoding: Literal["learned", "sinusoidal"] = "learned"  # a learned table, or fixed sines
-    activation: Literal["gelu", "relu"] = "gelu"  # the nonlinearity of the MLPs
+    activation: Literal["gelu", "relu", "gelu_exact"] = "gelu"  # the nonlinearity of the MLPs
     tie_weights: bool = True  # the token embedding is the output matrix too
     init_std: float | None = 0.08  # of initial weights; narrow models need more; None: by n_embd
     # what is measured, and how often (in steps)
@@ -104,8 +104,7 @@ class Settings:
     log_every: int = 20  # a line on the screen and a row in log.csv
 
 
-# What each preset changes; some share a part. The larger GPT-2 sizes take the GPT-3 paper's rates,
-# table 2.1.
+# What each preset changes. The larger sizes take the GPT-3 paper's learning rates, table 2.1
 _SHARED = dict(init_std=0.02,  # GPT paper, section 4.1
                eval_every=250, sample_every=1000, checkpoint_every=1000, log_every=10)
 _CHARS = dict(data_dir="data/shakespeare", rows="stream")
@@ -240,8 +239,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # ReLU: max(0, x). GELU is smoother, computed with tanh (Hendrycks & Gimpel 2016, section 2)
-        self.act = nn.ReLU() if config.activation == "relu" else nn.GELU(approximate="tanh")
+        # ReLU: max(0, x). GELU is smoother; GPT-2 takes tanh for it (Hendrycks & Gimpel 2016, 2)
+        acts = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "gelu_exact": nn.GELU()}
+        self.act = acts[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -361,7 +361,7 @@ class GPT(nn.Module):
         logits = F.linear(x, weight)[..., :self.config.vocab_size]  # x @ weight.T: (B, T, V)
         if targets is None:
             return logits, None
-        # In float32: a mean over many tokens needs more than bfloat16's 2 to 3 digits
+        # In float32: the softmax inside needs more than bfloat16's 2 to 3 digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
@@ -531,8 +531,8 @@ class ShardedLoader:
 
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
-    the root of their running mean square; beta1 and beta2 say how slowly these forget. A mean is
-    never larger than the root of the mean square, so a step is at most about the learning rate.
+    the root of their running mean square; beta1 and beta2 say how slowly these forget. The two
+    are of a size, so that a step moves a weight by about the learning rate, or by less.
     The W is weight decay: each step multiplies matrices, not biases and norms, by
     1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -572,38 +572,38 @@ def train(s, place, process):
     start = run.begin(model, optimizer, scaler)  # 0 for a new run
     fast_model = compiled(model, s, process)  # the same weights; `model` is measured and saved
 
-    with StopRequest(s, process) as stop:  # Ctrl-C, SIGTERM or max_minutes
-        for step in range(start, s.max_steps):
-            run.measure_and_save(step)  # validation, a text, a checkpoint, where they are due
-            lr = get_lr(step, s)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            micro_batches, targets_in_step = step_batches(run, step)
-            loss_sum = torch.zeros((), device=process.device)
-            # Gradient accumulation: the gradients of micro-batches add up to those of the batch
-            for micro_step, (x, y) in enumerate(micro_batches):  # x, y: (B, T)
-                # Dropout depends only on the place in the run: a resumed run repeats it
-                torch.manual_seed(combined_seed(s.seed, step, micro_step, process.rank))
-                # Mixed precision: fast products in process.dtype, weights in float32, where
-                # small updates are not rounded away
-                with process.autocast():
-                    _, loss = fast_model(x, y)
-                # A mean over the whole step, of all processes: a micro-batch counts by its share
-                # of the targets, which padding makes unequal
-                loss = loss * ((y != -1).sum() / targets_in_step)
-                scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-            process.sum_gradients(model)  # over all processes, each of which had other rows
-            scaler.unscale_(optimizer)
-            # Clipping bounds the rare huge gradient, and keeps its direction
-            max_norm = s.grad_clip if s.grad_clip > 0 else math.inf  # the norm is logged anyway
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            run.log_step(step, targets_in_step, loss_sum, lr, grad_norm)
-            if stop.requested(step):
-                return run.stopped(step + 1, stop)
+    stop = StopRequest(s, process)  # Ctrl-C, SIGTERM or max_minutes
+    for step in range(start, s.max_steps):
+        run.measure_and_save(step)  # validation, a text, a checkpoint, where they are due
+        lr = get_lr(step, s)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches, targets_in_step = step_batches(run, step)
+        loss_sum = torch.zeros((), device=process.device)
+        # Gradient accumulation: the gradients of micro-batches add up to those of the batch
+        for micro_step, (x, y) in enumerate(micro_batches):  # x, y: (B, T)
+            # Dropout depends only on the place in the run: a resumed run repeats it
+            torch.manual_seed(combined_seed(s.seed, step, micro_step, process.rank))
+            # Mixed precision: fast products in process.dtype, weights in float32, where
+            # small updates are not rounded away
+            with process.autocast():
+                _, loss = fast_model(x, y)
+            # A mean over the whole step, of all processes: a micro-batch counts by its share
+            # of the targets, which padding makes unequal
+            loss = loss * ((y != -1).sum() / targets_in_step)
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        process.sum_gradients(model)  # over all processes, each of which had other rows
+        scaler.unscale_(optimizer)
+        # Clipping bounds the rare huge gradient, and keeps its direction
+        max_norm = s.grad_clip if s.grad_clip > 0 else math.inf  # the norm is logged anyway
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        run.log_step(step, targets_in_step, loss_sum, lr, grad_norm)
+        if stop.requested(step):
+            return run.stopped(step + 1, stop)
     return run.finished()
 
 
@@ -635,13 +635,14 @@ class Run:
         self.loader = open_rows(s, self.data, "train", s.seed)
         self.validation = open_rows(s, self.data, "val", None)
         self.rows, self.rows_at_once = plan_batch(s, process)
-        self.best_val_loss, self.first_val_loss = math.inf, None
+        self.best_val_loss = math.inf
         self.measured = {}  # since the last line of the log
         self.sizes = {"log.csv": 0, "samples.md": 0}  # in bytes, of finished steps
         self.speed_from = None  # (time, tokens) from where throughput is measured
         self.progress = place.progress or {}
         self.tokens = self.progress.get("tokens", 0)  # trained on
-        process.set_dtype(self.progress.get("dtype", s.dtype))  # a resumed run keeps its precision
+        if s.dtype == "auto":  # a resumed run keeps its precision
+            process.set_dtype(self.progress.get("dtype", "auto"))
 
     def begin(self, model, optimizer, scaler):
         """Load the checkpoint, or write the first one; say what will be done. Return the step to
@@ -650,7 +651,7 @@ class Run:
         self.began = time.perf_counter() - self.progress.get("seconds", 0)
         if self.place.checkpoint:
             self.start, self.best_val_loss = load_training_state(
-                self.place.checkpoint, model, optimizer, scaler, self.s.resume == "always")
+                self.place.checkpoint, model, optimizer, scaler, self.s, self.process)
         else:
             self.write_checkpoint("ckpt.pt", 0, optimizer={"state": {}})
         self.speed = matmul_speed(self.process)
@@ -711,29 +712,29 @@ class Run:
         """The validation loss, a text and a checkpoint, each where it is due."""
         s, is_last = self.s, step == self.s.max_steps
         if is_last or step % s.eval_every == 0:
-            self.evaluate(step)
+            self.validate(step)
         if is_last or (step > 0 and step % s.sample_every == 0):
             self.show_sample(step)
         if is_last or (step > self.start and step % s.checkpoint_every == 0):
             self.save(step)
 
-    def evaluate(self, step):
+    def validate(self, step):
         found = evaluate(self.model, self.validation, self.s, self.process, self.data)
-        self.say(f"step {step:,}: val {in_words(found)}")
-        if step == 0:
-            self.first_val_loss = found["val_loss"]
+        self.process.say(f"step {step:,}: val {in_words(found)}")
         if found["val_loss"] < self.best_val_loss:
             self.best_val_loss = found["val_loss"]
             self.write_checkpoint("best.pt", step)
         self.keep(step, found)
 
     def show_sample(self, step):
+        if step > self.start:
+            self.check_finite()
         scores = hellaswag_scores(self.model, self.process)
         if scores:
-            self.say(f"step {step:,}: {in_words(scores)}")
+            self.process.say(f"step {step:,}: {in_words(scores)}")
         seed = combined_seed(self.s.seed, step)
         text = self.model.generate("", 200, temperature=0.8, seed=seed).strip()
-        self.say(f"step {step:,} writes: {text}")
+        self.process.say(f"step {step:,} writes: {text}")
         quoted = text.replace("\n", "\n> ")
         self.append("samples.md", f"## Step {step}\n\n> {quoted}\n\n")
         self.keep(step, scores)
@@ -743,7 +744,7 @@ class Run:
         self.measured |= {"step": step, "tokens": self.tokens} | found
         other = self.place.other
         if other and unreadable(other):  # somebody has removed it in the meantime
-            self.say(f"note: no longer compared with {other}: {unreadable(other)}")
+            self.process.say(f"note: no longer compared with {other}: {unreadable(other)}")
             self.place.other = None
         if self.process.is_master:
             write_report(self, [*read_log(self.folder), self.measured])
@@ -794,14 +795,14 @@ class Run:
             flops = speed * flops_per_token(self.model, s.block_size)
             text += (f" | {speed:,.0f} tokens/s, "
                      f"MFU {flops / (self.speed * self.process.world_size):.0%}, "
-                     f"{(s.max_steps - step) * targets / speed / 60:.1f} min left")
+                     f"{(s.max_steps - step - 1) * targets / speed / 60:.1f} min left")
         self.speed_from = (now, self.tokens)
         self.write_line(line)
         if self.process.is_master:
             self.sizes = {name: os.path.getsize(self.folder / name) for name in self.sizes}
         self.progress_bar.set_postfix_str(text)
         if is_due and self.progress_bar.disable:
-            self.say(f"step {step:,}/{s.max_steps:,} | {text}")
+            self.process.say(f"step {step:,}/{s.max_steps:,} | {text}")
 
     def check_finite(self):
         """(loss, gradient norm) of the latest step. Infinite ones end the run."""
@@ -828,30 +829,28 @@ class Run:
             with writing(path), open(path, "a", encoding="utf-8", newline="") as file:
                 file.write(text)
 
-    def say(self, text):
-        if self.process.is_master:
-            with tqdm.external_write_mode():  # above the progress bar
-                print(text, flush=True)
-
     def stopped(self, step, stop):
         """Save at a step where the run was asked to stop. Return the exit status."""
         if step == self.s.max_steps:
             return self.finished()
         self.save(step)
         again = "the same command without --overwrite" if self.s.overwrite else "the same command"
-        self.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
+        self.process.say(f"stopped at step {step:,}, saved in {self.folder}: {again} resumes it")
         return 0 if stop.signal == TIME_IS_UP else 128 + stop.signal  # as in a shell
 
     def finished(self):
         self.measure_and_save(self.s.max_steps)
-        if self.best_val_loss == self.first_val_loss:
-            self.say("note: the validation loss never fell below its first value, so best.pt holds "
-                     "the weights that the run began with")
-        if self.process.is_master and self.place.other:
-            self.say(compared(self, read_log(self.folder)).partition("\n")[0])
-        self.say(f"done in {self.seconds() / 60:.1f} min, lowest validation loss "
-                 f"{self.best_val_loss:.4f}; see {self.folder / 'report.md'}\n"
-                 f"now: python sample.py {shlex.quote(f'--checkpoint={self.folder}/best.pt')}")
+        if not self.process.is_master:
+            return 0
+        say, lines = self.process.say, read_log(self.folder)
+        if self.best_val_loss == lines[0].get("val_loss"):
+            say("note: the validation loss never fell below its first value, so best.pt holds the "
+                "weights that the run began with")
+        if self.place.other:
+            say(compared(self, lines).partition("\n")[0])
+        say(f"done in {self.seconds() / 60:.1f} min, lowest validation loss "
+            f"{self.best_val_loss:.4f}; see {self.folder / 'report.md'}\n"
+            f"now: python sample.py {shlex.quote(f'--checkpoint={self.folder}/best.pt')}")
         return 0
 
 
@@ -865,45 +864,43 @@ class Place:
     folder: Path
     settings: dict  # as the person set them
     command: str
-    checkpoint: Path | None  # to resume from
-    progress: dict | None  # what it says of the run
     other: Path | None  # the folder of the run to compare with
+    checkpoint: Path | None = None  # to resume from
+    progress: dict | None = None  # what it says of the run
     step: int = 0  # to go on from
 
 
 def choose_folder(s, command, process):
     """Lock the folder of the unfinished run of these settings, or the next free one."""
     base = Path(s.out_dir or f"out/{s.preset}")
-    if base.resolve() == Path(__file__).resolve().parent:
+    if base.resolve() == SCRIPT.resolve().parent:
         raise UserError(f"{base} holds the scripts: choose another --out_dir")
-    if s.overwrite and s.init_from and Path(s.init_from).resolve().parent == base.resolve():
+    if s.overwrite and s.init_from and weights_path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
     folder, number, remark, resumed = base, 1, "", None
     while not s.overwrite and is_taken(folder):
         why = "holds other files"
         if (folder / "ckpt.pt").exists():
-            found = read_checkpoint(folder / "ckpt.pt")
-            why = difference(found, s)
+            why = difference(read_checkpoint(folder / "ckpt.pt"), s)
             if s.resume == "always" or not why:
-                resumed = folder, found, why
+                resumed = folder
             if not why:
                 break
         remark = f" ({folder} {why})"
         number += 1
         folder = base.parent / f"{base.name or 'run'}-{number}"
-    checkpoint, progress, step = None, None, 0
-    if resumed:
-        folder, found, why = resumed
-        step = found["step"]
-        checkpoint = folder / "ckpt.pt"
-        progress = found.get("progress", found["settings"])  # as older checkpoints have it
+    folder = resumed or folder
     process.at_end.callback(lock_folder(folder).release)
-    if resumed:
-        go_on(s, folder, found, why)
-    else:
+    place = Place(folder, asdict(s), command, other_run(s, base, folder))
+    if not resumed:
         print(f"a new run in {folder}{remark}")
-    other = other_run(s, base, folder)
-    return Place(folder, asdict(s), command, checkpoint, progress, other, step)
+        return place
+    place.checkpoint = folder / "ckpt.pt"
+    found = read_checkpoint(place.checkpoint)  # now no other run can change it
+    place.step = found["step"]
+    place.progress = found.get("progress", found["settings"])  # as older checkpoints have it
+    go_on(s, folder, found)
+    return place
 
 
 def is_taken(folder):
@@ -912,11 +909,14 @@ def is_taken(folder):
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
 
-def go_on(s, folder, found, why):
+def go_on(s, folder, found):
     """Say where a run resumes, and what has changed since."""
-    step = found["step"]
+    step, why = found["step"], difference(found, s)
     if step > s.max_steps:
         raise UserError(f"{folder} has taken {step:,} steps, more than --max_steps={s.max_steps}")
+    if step == s.max_steps:
+        print(f"{folder} has taken its {step:,} steps: nothing is left to do")
+        return
     print(f"continuing {folder} from step {step:,} ({start_over(folder)})")
     if why:
         print(f"note: until now {folder} {why}")
@@ -927,7 +927,7 @@ def go_on(s, folder, found, why):
 
 def difference(found, s):
     """What sets a checkpoint's run apart from an unfinished run of these settings, in words."""
-    settings = different_settings(found["settings"], asdict(s))
+    settings = different_settings(found, asdict(s))
     said = [f"{name}={value}" for name, (value, _) in settings.items()]
     names = other_code(found)
     if names:
@@ -937,9 +937,10 @@ def difference(found, s):
     return "is done" if found["step"] >= s.max_steps else ""
 
 
-def different_settings(theirs, ours):
-    """{name: (the value of another run, ours)} of the settings that shape the weights."""
-    theirs = asdict(Settings()) | theirs  # the default of a setting that is newer than the run
+def different_settings(found, ours):
+    """{name: (the value of a checkpoint's run, ours)} of the settings that shape the weights."""
+    theirs = asdict(Settings()) | found["settings"]  # the default of a setting newer than the run
+    theirs["dtype"] = found.get("progress", theirs)["dtype"]  # that "auto" stood for
     names = [name for name in ours if name not in FREE_SETTINGS]
     if tokens_in_a_step(SimpleNamespace(**theirs)) != tokens_in_a_step(SimpleNamespace(**ours)):
         names += BATCH_SETTINGS
@@ -965,10 +966,15 @@ def lock_folder(folder):
 
 
 def read_log(folder):
-    """The lines of log.csv, {column: number}, without an unfinished one."""
-    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if None not in line.values()]
-    return [{name: float(value) for name, value in line.items() if value} for line in lines]
+    """The lines of log.csv, {column: number}, without an unfinished one. Raises UserError where
+    it is damaged."""
+    path = folder / "log.csv"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.DictReader(file) if None not in line.values()]
+        return [{name: float(value) for name, value in line.items() if value} for line in lines]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
 
 
 class StopRequest:
@@ -977,15 +983,9 @@ class StopRequest:
     def __init__(self, s, process):
         self.s, self.process = s, process
         self.signal, self.began = 0, time.perf_counter()
-
-    def __enter__(self):
-        self.handlers_before = {number: signal.signal(number, self.handle)
-                                for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler_before = signal.signal(number, self.handle)
+            process.at_end.callback(signal.signal, number, handler_before)
 
     def handle(self, number, frame=None):
         self.signal = number
@@ -998,26 +998,24 @@ class StopRequest:
             self.signal = self.signal or TIME_IS_UP
         if self.process.world_size > 1 and step % self.s.log_every:
             return False
-        self.signal = int(self.process.reduce(torch.tensor(self.signal), dist.ReduceOp.MAX))
-        return self.signal > 0
+        agreed = int(self.process.reduce(torch.tensor(self.signal), dist.ReduceOp.MAX))
+        if agreed:  # else a signal may have come in the meantime
+            self.signal = agreed
+        return agreed > 0
 
 
 # ---- The code of a run, and its comparison with another run ----
 
 
-def own_code():
-    try:
-        return Path(__file__).read_text(encoding="utf-8")
-    except (NameError, OSError):  # typed into an interpreter
-        return ""
-
-
-CODE = own_code()  # read at the start: people edit while a run goes on
+SCRIPT = Path(globals().get("__file__", "train_gpt2.py"))  # code typed in has no file
+CODE = ""
+if SCRIPT.is_file():  # read at the start: people edit while a run goes on
+    CODE = SCRIPT.read_text(encoding="utf-8")
 
 
 def lesson(code):
     """Part 1 of a script."""
-    return re.split("^# =+ PART 2", code, maxsplit=1, flags=re.M)[0]
+    return code.partition("\n# ======== PART 2")[0]
 
 
 def machinery(code):
@@ -1063,7 +1061,7 @@ def unreadable(folder):
     try:
         read_checkpoint(folder / "ckpt.pt")
         read_log(folder)
-    except (UserError, OSError, ValueError) as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -1114,7 +1112,8 @@ def compared(run, lines):
         said = (f"validation loss {here:.4f} at step {step:,.0f}, {other} had {there:.4f} "
                 f"({here - there:+.4f})")
         table.append(f"| {step:,.0f} | {here:.4f} | {there:.4f} | {here - there:+.4f} |")
-    differ = different_settings(found["settings"], run.place.settings)
+    ours = run.place.settings | {"dtype": run.process.dtype_name()}
+    differ = different_settings(found, ours)
     unfair = [name for name in differ if name in UNFAIR]
     if unfair:
         said += f"; not a fair pair: other {' and '.join(unfair)}"
@@ -1138,10 +1137,11 @@ def panel(top, title, curves, levels):
     """A part of an SVG, 720 x 340: curves {name: [(step, value), ...]}, levels {name: value}, on a
     logarithmic scale. Names stand behind the ends of the lines."""
     curves = {name: found for name, found in curves.items() if found}
-    steps, values = zip(*itertools.chain(*curves.values()), strict=True)
-    values = [*values, *levels.values()]
+    last_step = max(6, *[found[-1][0] for found in curves.values()])
+    for name, value in levels.items():
+        curves[name] = [(0, value), (last_step, value)]
+    values = [value for _, value in itertools.chain(*curves.values())]
     low, high = max(0.001, 0.9 * min(values)), 1.1 * max(values)
-    last_step = max(1, *steps)
 
     def x(step):
         return 50 + 500 * step / last_step
@@ -1160,8 +1160,6 @@ def panel(top, title, curves, levels):
     for step in np.arange(0, last_step + 1, round_numbers(last_step / 6, math.inf)[0]):
         shapes.append(f'<text x="{x(step):.1f}" y="{top + 320}" text-anchor="middle">'
                       f'{step:,.0f}</text>')
-    for name, value in levels.items():
-        curves[name] = [(0, value), (last_step, value)]
     lowest = top + 316
     for name in sorted(curves, key=last_value):  # from the bottom up
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in curves[name])
@@ -1177,24 +1175,25 @@ def panel(top, title, curves, levels):
 
 def write_report(run, lines):
     """Draw loss.svg and write report.md, from the log's lines and samples.md."""
-    folder, other, last = run.folder, run.place.other, lines[-1]
-    levels, comparison = dict(run.data.meta.get("landmarks", {})), ""
-    if "above_floor" in last:
-        levels["floor"] = last["val_loss"] - last["above_floor"]
+    folder, other, meta = run.folder, run.place.other, run.data.meta
+    levels, comparison = dict(meta.get("landmarks", {})), ""
+    has_floor = points(lines, "above_floor")
+    if has_floor:
+        levels["floor"] = meta["entropy_floor"]
     curves = {"training": points(lines, "train_loss"), "validation": points(lines, "val_loss")}
     if other:
         curves[html.escape(other.as_posix()[-18:])] = points(read_log(other), "val_loss")
         comparison = f"\n## Compared with {other}\n\n{compared(run, lines)}\n"
     panels = [panel(0, f"{html.escape(folder.name)}: loss, in nats per token", curves, levels)]
-    if "above_floor" in last:
+    if has_floor:
         skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
         panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))
     shapes = "".join(panels)
     write_text(folder / "loss.svg", f"""<svg xmlns="http://www.w3.org/2000/svg"
 viewBox="0 0 720 {340 * len(panels)}">{STYLE}{shapes}</svg>
 """)
-    table = [f"| {line['step']:,.0f} | {in_words(line)} |" for line in lines if in_words(line)]
-    table = "\n".join(table)
+    table = "\n".join(f"| {line['step']:,.0f} | {in_words(line)} |"
+                      for line in lines if in_words(line))
     samples = (folder / "samples.md").read_text(encoding="utf-8")
     write_text(folder / "report.md", f"""# {folder.name}
 
@@ -1293,7 +1292,8 @@ class RowIndex:
             marks = [0, *np.flatnonzero(tokens == self.eot).tolist(), last]
         elif self.seed is not None:
             count = last // T
-            count -= count > 1  # one row's length is left to shift the cuts
+            if count > 1:
+                count -= 1  # one row's length is left to shift the cuts
             shift = self._random(epoch, shard, 0).integers(0, min(T, last + 1 - count * T))
             marks = [shift, shift + count * T]
         # From mark to mark, every T tokens: a row ends where the next one begins
@@ -1385,7 +1385,7 @@ def tokens_of(spec):
     with suppress(LookupError, TypeError, AttributeError, UnicodeError):
         if kind == "char":
             tokens = [character.encode() for character in spec["alphabet"]]
-        else:
+        elif kind in ("bpe", "sentencepiece"):
             tokens = [token.encode("latin-1") for token in spec["ranks"]]
     distinct = set(tokens)
     lacks_bytes = kind == "bpe" and sum(len(token) == 1 for token in distinct) < 256
@@ -1422,10 +1422,10 @@ def read_shard(path):
     # llm.c's format: 256 int32 (magic 20240520, version 1, token count), then uint16 tokens
     try:
         size = os.path.getsize(path)
-        magic, version, count = np.fromfile(path, "<i4", count=3).tolist()
-    except (OSError, ValueError):
-        magic = None
-    if magic != 20240520 or version != 1 or not size == 1024 + 2 * count > 1024:
+        header = np.fromfile(path, "<i4", count=3).tolist()
+    except OSError:
+        size, header = 0, []
+    if size <= 1024 or header != [20240520, 1, (size - 1024) / 2]:
         raise UserError(f"{path} is incomplete, or not in llm.c's format (nanoGPT's files have no "
                         "header): prepare it again")
     # numpy's memmap keeps each file open, and a system may allow as few as 256; torch closes it
@@ -1457,8 +1457,9 @@ def how_to_prepare(data_dir):
     if name == "fineweb_edu_bpe":
         name = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
     elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu"):
-        name = f"FILE.txt --out_dir={shlex.quote(str(data_dir))}"
-    return f"make them with: python prepare_data.py {name}"
+        name = "FILE.txt"
+    folder = shlex.quote(f"--out_dir={data_dir}")
+    return f"make them with: python prepare_data.py {name} {folder}"
 
 
 @dataclass
@@ -1477,11 +1478,12 @@ def open_data(data_dir):
         shard_paths(data_dir)  # a UserError where there are none
         return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
-        meta, skills = json.loads(path.read_text(encoding="utf-8")), None
-        sum(meta.get("landmarks", {}).values())  # they are numbers
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
+        sum(meta.get("landmarks", {}).values())  # fails unless they are numbers
+        data = Data(meta, Tokenizer(meta["tokenizer"]))
         if "skills" in meta:
-            skills = np.load(path.with_name("skills.npy"))
-        return Data(meta, Tokenizer(meta["tokenizer"]), skills)
+            data.skills = np.load(path.with_name("skills.npy"))
+        return data
     except UserError:  # the vocabulary is missing, which is not the folder's fault
         raise
     except Exception as error:
@@ -1546,9 +1548,13 @@ def make_checkpoint(model, step=0, settings=None, best_val_loss=math.inf):
 
 def converted_path(name):
     """Where prepare_data.py puts the weights of `name`, one of OpenAI's or a folder."""
-    if name in OPENAI_NAMES:
-        return Path("out") / f"openai-{name}" / "best.pt"
-    return Path("out") / Path(name).resolve().name / "best.pt"
+    folder = f"openai-{name}" if name in OPENAI_NAMES else Path(name).resolve().name
+    return Path("out", folder, "best.pt")
+
+
+def weights_path(name):
+    """The file that --init_from or --checkpoint names."""
+    return converted_path(name) if name in OPENAI_NAMES else Path(name)
 
 
 def way_out(path):
@@ -1568,7 +1574,8 @@ def read_checkpoint(path):
     Raises UserError for a file that is none."""
     hint = f"name a run's best.pt, or try: python prepare_data.py {shlex.quote(str(path))}"
     if path in OPENAI_NAMES:
-        path, hint = converted_path(path), f"make it with: python prepare_data.py {path}"
+        hint = f"make it with: python prepare_data.py {path}"
+    path = weights_path(path)
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
@@ -1599,7 +1606,7 @@ def fitting_weights(model, found, path, lenient):
     """A checkpoint's weights that fit a model, which may be on the device "meta" and take no
     memory. Raises UserError where some do not, unless `lenient`."""
     ours, theirs = shapes(model.state_dict()), shapes(found["model"])
-    wrong = dict(ours.items() ^ theirs.items())
+    wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if wrong and not lenient:
         names = other_code(found, model_code)
         if names:
@@ -1638,8 +1645,8 @@ def load_model(path, device="cpu", lenient=False, **changes):
 
 def optimizer_state(model, optimizer):
     """{parameter's name: what the optimizer remembers of it}; nothing for one without gradients."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: state for p, state in optimizer.state.items()}
+    return {name: optimizer.state[p] for name, p in model.named_parameters()
+            if p in optimizer.state}
 
 
 def load_optimizer_state(model, optimizer, saved):
@@ -1656,10 +1663,10 @@ def load_optimizer_state(model, optimizer, saved):
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
-def load_training_state(path, model, optimizer, scaler, always):
+def load_training_state(path, model, optimizer, scaler, s, process):
     """Resume from ckpt.pt, whose weights the model has already; return (step, lowest validation
     loss). Where the run goes on in any case, an optimizer that does not fit starts anew."""
-    found = read_checkpoint(path)
+    found, always = read_checkpoint(path), s.resume == "always"
     try:
         if always and "make_optimizer" in other_code(found):
             raise ValueError("another optimizer")
@@ -1669,7 +1676,7 @@ def load_training_state(path, model, optimizer, scaler, always):
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         if not always:
             raise not_valid(path, f"its optimizer does not fit: {error!r}") from None
-        print(f"note: the optimizer starts anew ({error})")
+        process.say(f"note: the optimizer starts anew ({error})")
     return found["step"], found["best_val_loss"]
 
 
@@ -1703,6 +1710,11 @@ class Process:
 
     def set_dtype(self, name):
         self.dtype = pick_dtype(name, self.device)
+
+    def say(self, text):
+        if self.is_master:
+            with tqdm.external_write_mode():  # above the progress bar
+                print(text, flush=True)
 
     def dtype_name(self):
         return str(self.dtype).removeprefix("torch.")
@@ -1767,8 +1779,8 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-    if device.type == "cpu" and native():
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in each torch
+    if device.type == "cpu" and probe and probe():
         return torch.bfloat16
     return torch.float32
 
@@ -1788,8 +1800,8 @@ def compiled(model, s, process):
     try:  # a missing compiler shows only when it is used
         torch.compile(lambda x: x.exp().sum())(torch.zeros(8, device=process.device))
     except Exception as error:
-        print(f"warning: torch.compile does not work here ({type(error).__name__}); training goes "
-              "on without it")
+        process.say(f"warning: torch.compile does not work here ({type(error).__name__}); training "
+                    "goes on without it")
         return model
     return torch.compile(model)
 
@@ -1822,9 +1834,9 @@ def build_model(s, tokenizer, process):
         own = model.tokenizer or tokenizer
         if own.spec != tokenizer.spec or model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
-        if process.is_master and model.new_weights:
-            print(f"note: {len(model.new_weights)} weights of this model code do not fit "
-                  f"{s.init_from} and start anew: {model.new_weights[0]}, ...")
+        if model.new_weights:
+            process.say(f"note: {len(model.new_weights)} weights of this model code do "
+                        f"not fit {s.init_from} and start anew: {model.new_weights[0]}, ...")
     else:
         names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
         shape = {name: getattr(s, name) for name in names}
@@ -1865,10 +1877,9 @@ def check_shape(c):
 HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
-def token_losses(model, x, y, process):
-    """Inputs and targets, (B, T) -> nats of each target, (B, T) float32 on the CPU; 0 for -1."""
-    with evaluating(model), process.autocast():
-        logits, _ = model(x.to(process.device))  # (B, T, V)
+def token_losses(logits, y):
+    """Logits (B, T, V) and targets (B, T) -> nats of each target, (B, T) float32 on the CPU; 0 for
+    a target of -1."""
     targets = y.flatten().to(logits.device)
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction="none")
     return nats.view(y.shape).cpu()
@@ -1877,27 +1888,34 @@ def token_losses(model, x, y, process):
 def evaluate(model, loader, s, process, data):
     """The loss on the validation rows, always the same ones, in nats per token, and its part above
     the floor where that is known: {column of the log: value}."""
-    rows, size = range(loader.rows_per_epoch), max(1, 4096 // s.block_size)
+    rows = range(loader.rows_per_epoch)
     if s.eval_tokens is not None:
         rows = rows[:max(1, s.eval_tokens // s.block_size)]
+    rows_at_once = s.batch_size
+    if process.device.type == "cpu":  # where more would only take memory
+        rows_at_once = max(1, 4096 // s.block_size)
     # The floor is that of the whole split. Its skills are in the order of the one shard's tokens
     has_floor = (data.skills is not None and s.rows == "documents" and len(loader.shards) == 1
                  and len(rows) == loader.rows_per_epoch)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    # Targets, their bytes of text, the nats of each skill. A line per batch: any number of
-    # processes adds up in the same order
-    firsts = rows[::size]  # rows that begin a batch
-    sums = torch.zeros((len(firsts), 2 + len(SKILLS)), dtype=torch.float64)
-    for i in range(process.rank, len(sums), process.world_size):
-        x, y = loader.batch(rows[firsts[i]:firsts[i] + size])
-        targets = y[y != -1]  # (targets,), row after row
-        nats = token_losses(model, x, y, process)[y != -1].double()
-        skill = torch.zeros_like(targets)
-        if has_floor:
-            _, start, _ = loader.row_index.locate(firsts[i])
-            skill += torch.from_numpy(data.skills[start + 1:][:len(targets)])
-        sums[i, 0], sums[i, 1] = len(targets), token_bytes[targets].sum()
-        sums[i, 2:] = torch.bincount(skill, nats, minlength=len(SKILLS))
+    # Of each row: its targets, their bytes of text, the nats of each skill. So the sums do not
+    # depend on how many rows are read at once, or by how many processes
+    sums = torch.zeros((len(rows), 2 + len(SKILLS)), dtype=torch.float64)
+    stride = rows_at_once * process.world_size
+    for first in range(process.rank * rows_at_once, len(rows), stride):
+        batch = rows[first:first + rows_at_once]
+        x, y = loader.batch(batch)
+        with evaluating(model), process.autocast():
+            logits, _ = model(x.to(process.device))  # (B, T, V)
+        nats = token_losses(logits, y).double()
+        for i, row in enumerate(batch):
+            _, start, length = loader.row_index.locate(row)
+            targets = y[i, :length]
+            skill = torch.zeros_like(targets)
+            if has_floor:
+                skill += torch.from_numpy(data.skills[start + 1:start + 1 + length])
+            sums[row, 0], sums[row, 1] = length, token_bytes[targets].sum()
+            sums[row, 2:] = torch.bincount(skill, nats[i, :length], minlength=len(SKILLS))
     tokens, text_bytes, *nats = process.reduce(sums).cpu().sum(dim=0).tolist()
     bits = sum(nats) / math.log(2)
     found = {"val_loss": sum(nats) / tokens,
@@ -1909,23 +1927,58 @@ def evaluate(model, loader, s, process, data):
     return found
 
 
+TOKENS_OF_ENDINGS = 1280  # that are read at once: for GPT-2, logits and cache take 1.2 GB
+
+
+def question_batches(texts):
+    """(context, [endings]) in tokens of each question -> lists of numbers of questions whose
+    contexts are equally long."""
+    def lengths(number):
+        context, endings = texts[number]
+        return len(context), max(map(len, endings))
+
+    batches, length_before = [], None
+    for number in sorted(range(len(texts)), key=lengths):
+        length, longest = lengths(number)
+        if length != length_before or 4 * longest * (1 + len(batches[-1])) > TOKENS_OF_ENDINGS:
+            batches.append([])
+        batches[-1].append(number)
+        length_before = length
+    return batches
+
+
 def hellaswag(model, questions, process):
     """Which of its four endings does the model expect of each question (Zellers et al. 2019)? A
     question is (context, [endings], number of the right one). Returns (questions, 2) int64: the
     ending of the lowest loss, in total and per token."""
     tokenizer, block_size = model.tokenizer, model.config.block_size
-    losses = torch.zeros((len(questions), 4, 2))
-    for number in range(process.rank, len(questions), process.world_size):
-        context, endings, _ = questions[number]
+    texts = []  # (context, [endings]) in tokens
+    for context, endings, _ in questions:
         endings = [tokenizer.encode(ending)[:block_size] for ending in endings]
         context = tokenizer.encode(context) or tokenizer.document_start
         context = context[-(block_size + 1 - max(map(len, endings))):]  # what fits before them
-        rows = [torch.tensor(context + ending) for ending in endings]
-        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (4, T + 1)
-        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]
-        y[:, :len(context) - 1] = -1  # only the endings count
-        nats = token_losses(model, x, y, process).sum(dim=1)  # (4,)
-        losses[number] = torch.stack((nats, nats / (y != -1).sum(dim=1)), dim=1)
+        texts.append((context, endings))
+    losses = torch.zeros((len(questions), 4, 2))
+    for numbers in question_batches(texts)[process.rank::process.world_size]:
+        contexts = [texts[number][0] for number in numbers]
+        endings = itertools.chain(*[texts[number][1] for number in numbers])
+        contexts = torch.tensor(contexts, device=process.device)  # (B, P)
+        y = nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings],
+                                      batch_first=True, padding_value=-1)  # (4 B, T)
+        y = y.to(process.device)
+        # The context's last token predicts the ending's first
+        last = contexts[:, -1:].repeat_interleave(4, dim=0)
+        x = torch.cat((last, y[:, :-1].clamp(min=0)), dim=1)
+        cache = KVCache(contexts.size(1) - 1 + y.size(1))
+        with evaluating(model), process.autocast():
+            if contexts.size(1) > 1:  # it is read once, for all four endings
+                model(contexts[:, :-1], cache=cache)
+                for i, (keys, values) in enumerate(cache.layers):
+                    cache.layers[i] = keys.repeat_interleave(4, 0), values.repeat_interleave(4, 0)
+            logits, _ = model(x, y, cache)  # (4 B, T, V)
+        nats = token_losses(logits, y).sum(dim=1)  # (4 B,)
+        per_token = nats / (y != -1).sum(dim=1).cpu()
+        losses[numbers] = torch.stack((nats, per_token), dim=1).view(-1, 4, 2)
     return process.reduce(losses).argmin(dim=1).cpu()
 
 
@@ -1975,20 +2028,20 @@ def report_evaluation(s, process):
                         "code: put that back (the run's folder has its train_gpt2.py)")
     found = evaluate(model, open_rows(s, data, "val", None), s, process, data)
     found |= hellaswag_scores(model, process)
-    if process.is_master:
-        print(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
+    process.say(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
     return 0
 
 
 def matmul_speed(process, n=2048):
     """FLOP/s of a device in an n x n x n product: the mean of ten in a row."""
     a = torch.randn(n, n, device=process.device, dtype=process.dtype)
-    for count in (2, 10):  # the first two warm up
-        began = time.perf_counter()
-        for _ in range(count):
-            a @ a
-        wait_for(process.device)
-    return 2 * n**3 * count / (time.perf_counter() - began)
+    for i in range(12):
+        if i == 2:  # the first two warmed up
+            wait_for(process.device)
+            began = time.perf_counter()
+        a @ a
+    wait_for(process.device)
+    return 10 * 2 * n**3 / (time.perf_counter() - began)
 
 
 def flops_per_token(model, T):
@@ -2010,7 +2063,7 @@ def reports_mistakes(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # on Windows
+            if hasattr(stream, "reconfigure"):  # a notebook's has none
                 stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             status = main(argv)
@@ -2062,8 +2115,8 @@ def parse_settings(cls, argv=None, doc="", presets=None, bare=None):
     found, unknown = parser.parse_known_args(argv)
     given = vars(found)
     words = given.pop("words", [])
-    for word in unknown:
-        raise UserError(f"{word!r} is not a setting; {nearest(word, kinds)}")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not a setting; {nearest(unknown[0], kinds)}")
     if words and (bare in given or (len(words) > 1 and kinds[bare] is str)):
         raise UserError(f"{words[-1]!r} is one word too many: if it belongs to the {bare}, put it "
                         "in quotes")
@@ -2083,14 +2136,13 @@ def add_option(group, name, kind, default, comment):
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, help=comment)
         return
-    parts, choices = typing.get_args(kind), None
+    parts, choices = typing.get_args(kind) or [kind], None
     if typing.get_origin(kind) is Literal:
         choices, convert = parts, parse_choice
-    elif kind is str or str in parts:
+    elif str in parts:
         convert = str
     else:
-        is_optional = type(None) in parts
-        convert = functools.partial(parse_number, parts[0] if parts else kind, is_optional)
+        convert = functools.partial(parse_number, parts[0], type(None) in parts)
     group.add_argument(option, type=convert, choices=choices, metavar=str(default), help=comment)
 
 
@@ -2129,7 +2181,7 @@ def check_ranges(s, **ranges):
 
 
 def check_settings(s):
-    """Raise UserError for a value out of range; fill in total_batch_size."""
+    """Raise UserError for a value out of range."""
     for name, kind in typing.get_type_hints(Settings).items():
         if kind in (float, float | None) or name in ("seed", "warmup_steps"):
             check_ranges(s, **{name: (0, 2**53)})
@@ -2138,9 +2190,8 @@ def check_settings(s):
     below_1 = (0, 0.9999999)
     check_ranges(s, min_lr=(0, s.learning_rate), init_std=(1e-9, 1e9), beta1=below_1, beta2=below_1)
     check_shape(s)
-    if tokens_in_a_step(s) > 2**27:
-        raise UserError(f"total_batch_size is {tokens_in_a_step(s):,}: it must be from 1 to "
-                        f"{2**27:,}")
+    step = SimpleNamespace(total_batch_size=tokens_in_a_step(s))
+    check_ranges(step, total_batch_size=(1, 2**27))
     if s.preset == "finetune" and not s.init_from:
         raise UserError("finetune needs weights: --init_from=gpt2, or a run's best.pt")
     if s.resume == "always" and s.overwrite:
@@ -2151,7 +2202,7 @@ def prepare_stories(s):
     """The default data set makes itself."""
     if s.data_dir != Settings.data_dir or (Path(s.data_dir) / "meta.json").exists():
         return
-    script = Path(__file__).with_name("prepare_data.py")
+    script = SCRIPT.with_name("prepare_data.py")
     if subprocess.run([sys.executable, script]).returncode:
         raise UserError("prepare_data.py failed; its message is above")
 
@@ -2168,8 +2219,8 @@ def main(argv=None):
         if process.from_master(lambda: CODE) != CODE:
             raise UserError(f"process {process.rank} runs another train_gpt2.py than the first one")
         changes = PRESETS[s.preset] | given
-        if process.is_master and changes:
-            print(f"preset and options change the constants at the top: {changes}")
+        if changes:
+            process.say(f"preset and options change the constants at the top: {changes}")
         process.from_master(lambda: prepare_stories(s))
         if s.eval_only:
             adopt_shape(s, given, s.init_from or Path(s.out_dir or f"out/{s.preset}") / "best.pt")
@@ -2178,8 +2229,6 @@ def main(argv=None):
         command = shlex.join(["python", "train_gpt2.py", *(sys.argv[1:] if argv is None else argv)])
         place = process.from_master(lambda: choose_folder(s, command, process))
         if place.step == s.max_steps:
-            if process.is_master:
-                print(f"{place.folder} has taken its {s.max_steps:,} steps: nothing is left to do")
             return 0
         source = place.checkpoint or s.init_from
         if source:

@@ -10,8 +10,8 @@ data/shakespeare, and for nanoGPT where its data/shakespeare_char/prepare.py put
 """
 import contextlib
 import importlib.util
+import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -33,14 +33,20 @@ import train_gpt2  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import torch  # noqa: E402
 
+TURNS = 3  # of us and a peer; medians are printed
+
 
 @dataclass
 class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
-    turns: int = 3  # of us and a peer; medians are printed
     only: str = ""  # measure only the rows with this in their name
     nanogpt: str = ""  # a checkout of nanoGPT
     tokenizers: str = ""  # a text file: compare the tokenizers that learn from it, nothing else
+
+
+def not_at_hand():
+    """What is measured of a peer that is not installed."""
+    return math.nan
 
 
 def speed(process, count, function):
@@ -89,6 +95,13 @@ def nanogpt(folder, device, rows, **shape):
     return training(process, model, optimizer, rows, shape["block_size"])
 
 
+def training_both(s, process, rows, **shape):
+    peer = not_at_hand
+    if s.nanogpt:
+        peer = nanogpt(s.nanogpt, process.device, rows, **shape)
+    return ours(process, rows, **shape), peer
+
+
 def script(*argv, folder="."):
     """Seconds that a script takes, in a process of its own."""
     def run():
@@ -99,13 +112,29 @@ def script(*argv, folder="."):
 
 
 def beside_a_busy_core(function):
-    def run():
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-            try:
-                return function()
-            finally:
-                busy.kill()
-    return run
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            return function()
+        finally:
+            busy.kill()
+
+
+def nanogpt_recipe(folder, out):
+    """The command that nanoGPT's README gives for a CPU."""
+    readme = Path(folder, "README.md").read_text(encoding="utf-8")
+    words = re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
+    return script(*words, f"--out_dir={out}", folder=folder)
+
+
+def whole_runs(s, process):
+    """Seconds of the default run, alone and beside a busy core, and of shakespeare_cpu."""
+    out = tempfile.mkdtemp()
+    argv = [ROOT / "train_gpt2.py", f"--device={process.device}", "--overwrite"]
+    default = script(*argv, f"--out_dir={out}/stories")
+    plays, peer = script(*argv, f"--out_dir={out}/plays", "--preset=shakespeare_cpu"), not_at_hand
+    if s.nanogpt:
+        peer = nanogpt_recipe(s.nanogpt, f"{out}/nanogpt")
+    return (default, partial(beside_a_busy_core, default)), (plays, peer)
 
 
 # ---- Sampling and preparation ----
@@ -118,7 +147,7 @@ def sampling(process, dtype, texts, new_tokens=128):
     model = train_gpt2.GPT(train_gpt2.GPTConfig()).eval().to(process.device, dtype)
     us = speed(process, count, lambda: model.generate(idx, new_tokens))
     if not importlib.util.find_spec("transformers"):
-        return us, None
+        return us, not_at_hand
     from transformers import GPT2Config, GPT2LMHeadModel
     peer = GPT2LMHeadModel(GPT2Config()).eval().to(process.device, dtype)
     options = dict(attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
@@ -163,45 +192,35 @@ def preparing(process, kind):
 # ---- The table ----
 
 
-def peer_recipe(folder):
-    """The words of the command that nanoGPT's README gives for a CPU."""
-    readme = Path(folder, "README.md").read_text(encoding="utf-8")
-    return re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
-
-
 def table(s, process):
-    """(name, a function that returns a measurement of us and one of a peer, or None)"""
-    out = tempfile.mkdtemp()
-    argv = [str(ROOT / "train_gpt2.py"), f"--device={process.device}", "--overwrite"]
-    run = script(*argv, f"--out_dir={out}/stories")
-    yield "default run, seconds; beside a busy core", lambda: (run, beside_a_busy_core(run))
-
-    def both(rows, **shape):
-        peer = nanogpt(s.nanogpt, process.device, rows, **shape) if s.nanogpt else None
-        return ours(process, rows, **shape), peer
+    """{name: a function that makes a measurement of us and one of a peer}"""
+    default, plays = whole_runs(s, process)
     rows, T = (32, 1024) if process.device.type == "cuda" else (4, 256)
-    yield f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT", partial(
-        both, rows, n_layer=12, n_head=12, n_embd=768, block_size=T)
-    plays, recipe = script(*argv, f"--out_dir={out}/plays", "--preset=shakespeare_cpu"), None
-    if s.nanogpt:
-        words = peer_recipe(s.nanogpt)
-        recipe = script(*words, f"--out_dir={out}/nanogpt", folder=s.nanogpt)
-    yield "shakespeare_cpu, seconds; nanoGPT", lambda: (plays, recipe)
-    yield "shakespeare_char, 64 x 256, tokens/s; nanoGPT", partial(
-        both, 64, vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
+    gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=T)
+    char = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
+    found = {
+        "default run, seconds; beside a busy core": lambda: default,
+        f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT": partial(
+            training_both, s, process, rows, **gpt2),
+        "shakespeare_cpu, seconds; nanoGPT": lambda: plays,
+        "shakespeare_char, 64 x 256, tokens/s; nanoGPT": partial(
+            training_both, s, process, 64, **char),
+        "preparation of a .txt, tokens/s; tiktoken alone": partial(preparing, process, "txt"),
+        "preparation of a .parquet, tokens/s; tiktoken alone": partial(
+            preparing, process, "parquet")}
     for texts in (1, 16):
         for dtype in (torch.float32, torch.bfloat16):
-            yield f"sampling GPT-2 124M, {texts} at once, {dtype}, tokens/s; transformers", partial(
-                sampling, process, dtype, texts)
-    for kind in ("txt", "parquet"):
-        yield f"preparation of a .{kind}, tokens/s; tiktoken alone", partial(
-            preparing, process, kind)
+            name = f"sampling GPT-2 124M, {texts} at once, {dtype}, tokens/s; transformers"
+            found[name] = partial(sampling, process, dtype, texts)
+    return found
 
 
-def in_turns(turns, measures):
-    """The median of each measure; a first round, not counted, warms up."""
-    found = [[measure() for measure in measures if measure] for _ in range(turns + 1)]
-    return map(statistics.median, zip(*found[1:], strict=True))
+def in_turns(us, peer):
+    """The medians of both; a first turn, not counted, warms up."""
+    us()
+    peer()
+    found = [(us(), peer()) for _ in range(TURNS)]
+    return map(statistics.median, zip(*found, strict=True))
 
 
 # ---- Tokenizers ----
@@ -236,32 +255,19 @@ LIBRARIES = {
 
 def compare_tokenizers(path):
     """Those that are installed, trained on the first nine tenths of a text."""
-    with prepare_data.one_line(f"cannot read {path}"):
-        text = Path(path).read_bytes().decode("utf-8")
-    cut = int(len(text) * 0.9)
-    learned, rest = text[:cut], text[cut:]
-    size = len(rest.encode())
-    found = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    print(f"bytes per token on the last tenth ({size:,} bytes), seconds of training")
-    print("| vocabulary |", " | ".join(found), "|")
-    print("| --- " * (len(found) + 1) + "|")
+    text = Path(path).read_bytes().decode("utf-8")
+    cut = len(text) * 9 // 10
+    size = len(text[cut:].encode())
+    print("| vocabulary | library | bytes per token on the last tenth | seconds of training |")
+    print("| --- | --- | --- | --- |")
     for vocab_size in (1024, 4096, 9157):
-        cells = []
-        for name in found:
-            began = time.perf_counter()
-            encode = LIBRARIES[name](learned, vocab_size)
-            seconds = time.perf_counter() - began
-            bytes_per_token = size / len(encode(rest))
-            cells.append(f"{bytes_per_token:.3f}, {seconds:.1f} s")
-        print(f"| {vocab_size:,} |", " | ".join(cells), "|", flush=True)
-
-
-def processor():
-    info = Path("/proc/cpuinfo")  # of Linux
-    if info.exists():
-        for name in re.findall(r"model name\s*: (.*)", info.read_text()):
-            return name
-    return platform.processor()
+        for name, learn in LIBRARIES.items():
+            if importlib.util.find_spec(name):
+                began = time.perf_counter()
+                encode = learn(text[:cut], vocab_size)
+                seconds = time.perf_counter() - began
+                bytes_per_token = size / len(encode(text[cut:]))
+                print(f"| {vocab_size:,} | {name} | {bytes_per_token:.3f} | {seconds:.1f} |")
 
 
 @train_gpt2.reports_mistakes
@@ -272,17 +278,13 @@ def main(argv=None):
         return 0
     train_gpt2.keep_memory()
     process = train_gpt2.Process(train_gpt2.Settings(device=s.device))
-    peak = train_gpt2.matmul_speed(process)
-    print(f"{processor()}, {torch.get_num_threads()} threads; {process.device} in {process.dtype}: "
-          f"{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}")
+    print(f"{process.device} in {process.dtype}, {torch.get_num_threads()} threads; "
+          f"torch {torch.__version__}; nan: the peer is not at hand")
     print("| measured | this | peer | ratio |\n| --- | --- | --- | --- |")
-    for name, make in table(s, process):
+    for name, make in table(s, process).items():
         if s.only in name:
-            us, *peers = in_turns(s.turns, make())
-            theirs = "not at hand |"
-            if peers:
-                theirs = f"{peers[0]:,.4g} | {us / peers[0]:.2f}"
-            print(f"| {name} | {us:,.4g} | {theirs} |", flush=True)
+            us, peer = in_turns(*make())
+            print(f"| {name} | {us:,.4g} | {peer:,.4g} | {us / peer:.2f} |", flush=True)
     return 0
 
 

@@ -2,9 +2,11 @@
 import contextlib
 import csv
 import hashlib
+import importlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,16 +43,12 @@ def stories(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def shared_file():
-    """Name of a real text -> its path; skips where the texts are missing."""
-    def find(name):
-        folder = os.environ.get("SHARED_DATA")
-        path = Path(folder or "", name)
-        if not folder or not path.exists():
-            pytest.skip(f"SHARED_DATA names no folder with {name}")
-        return path
-    return find
+def shared_file(name):
+    """The path of a real text; skips where the texts are missing."""
+    path = Path(os.environ.get("SHARED_DATA", "nowhere"), name)
+    if not path.exists():
+        pytest.skip(f"SHARED_DATA names no folder with {name}")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +77,12 @@ def random_model(spec=None, scale=1, **shape):
 
 
 def agree(ours, theirs):
-    """The logits of a model here and of one in transformers."""
-    generator = torch.Generator().manual_seed(1)
-    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=generator)
+    """The logits of a model here and of one in transformers, which may have more tokens."""
+    vocab_size = ours.config.vocab_size
+    idx = torch.randint(vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits, _ = ours(idx)
-        difference = logits - theirs(idx).logits
+        difference = logits - theirs(idx).logits[..., :vocab_size]
     assert difference.abs().max() < 1e-4
 
 
@@ -106,11 +104,46 @@ def stop_after(step, number=signal.SIGTERM):
     return requested
 
 
-def stopped(step, argv):
+def stopped(step, argv, script=train_gpt2):
     """Runs main(argv) until a signal comes after this step; the exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt2.StopRequest, "requested", stop_after(step))
-        return train_gpt2.main(argv)
+        patch.setattr(script.StopRequest, "requested", stop_after(step))
+        return script.main(argv)
+
+
+def change_scripts(folder, edit):
+    """Applies a patch of this name, or puts one text in place of another, (old, new)."""
+    if isinstance(edit, str):
+        patch = ROOT / "tests" / "changes" / f"{edit}.patch"
+        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+    else:
+        path = folder / "train_gpt2.py"
+        text = path.read_text(encoding="utf-8")
+        assert edit[0] in text
+        path.write_text(text.replace(*edit), encoding="utf-8")
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A function: changes -> the modules train_gpt2 and sample of copies of the scripts that are
+    changed so, in the folder `scripts`. They work in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "scripts"
+
+    def load(*edits):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, folder)
+        for edit in edits:
+            change_scripts(folder, edit)
+        monkeypatch.syspath_prepend(folder)
+        for name in ("train_gpt2", "sample"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        changed = importlib.import_module("train_gpt2")
+        monkeypatch.setattr(changed, "matmul_speed", lambda *_: 1e9)
+        return changed, importlib.import_module("sample")
+    return load
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +182,16 @@ def column(folder, name):
     return [float(row[name]) for row in log_of(folder) if row[name]]
 
 
+def put(tree, where, value):
+    """Puts a value at the end of a path of keys; None removes what is there."""
+    *keys, name = where.split()
+    for key in keys:
+        tree = tree[key]
+    tree[name] = value
+    if value is None:
+        del tree[name]
+
+
 def contents(folder):
     """{path: the file's hash, or "folder"}"""
     found = {}
@@ -172,11 +215,6 @@ def limited(name, value):
         yield
     finally:
         resource.setrlimit(limit, before)
-
-
-def small_files(size):
-    """No file may become larger, as on a full disk."""
-    return limited("RLIMIT_FSIZE", size)
 
 
 class Bomb:

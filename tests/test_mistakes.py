@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import RUN, TINY, Bomb, contents, fails
+from conftest import RUN, TINY, Bomb, contents, fails, put
 
 import prepare_data
 import sample
@@ -44,6 +44,9 @@ TRAIN = {
     "--init_from=gpt2": "python prepare_data.py gpt2",
     "--init_from=tales.txt": "not a valid checkpoint",
     "--init_from=out/abc/best.pt": "different tokenizers",
+    "--init_from=out/run/ckpt.pt --block_size=512": "has a context of 16",
+    "--init_from=out/run/ckpt.pt --n_layer=3": "has n_layer=1",
+    "--preset=finetune": "finetune needs weights",
     "--data_dir=data/abc --rows=documents": "--rows=stream",
     "--data_dir=nowhere": "no train shards",
     "--data_dir=tales.txt": "no train shards",
@@ -60,6 +63,8 @@ PREPARE = {
 }
 SAMPLE = {
     "--device=abacus": "no device",
+    "--sed=1": "did you mean --seed",
+    "w\udce4s": "not UTF-8",
     "--checkpoint=nowhere.pt": "no checkpoint",
     "--checkpoint=.": "name a run's best.pt",
     "--checkpoint=gpt2": "python prepare_data.py gpt2",
@@ -145,26 +150,25 @@ def cut_off_a_token(path):
     os.truncate(path, path.stat().st_size - 2)
 
 
-@pytest.mark.parametrize("message, damage, path, content", [
-    ("cannot write", write, "out/run", b"a file"),
-    ("cannot write", write, "out", b"a file"),
-    ("ckpt.pt", make_folder, CKPT, None),
-    ("log.csv", make_folder, "out/run/log.csv", None),
-    ("no train shards", remove, TRAIN_SHARD, None),
-    ("no val shards", remove, VAL_SHARD, None),
-    ("is incomplete", cut_off_a_token, VAL_SHARD, None),
-    ("holds token 9000", prepare_data.write_shard, VAL_SHARD, [279] + [9000] * 100),
-    ("too few", prepare_data.write_shard, TRAIN_SHARD, [279]),
-    ("too few", prepare_data.write_shard, VAL_SHARD, [279]),
-    ("meta.json", make_folder, META, None),
-    ("meta.json", write, META, b""),
-    ("meta.json", write, META, b"{'a': 1}"),
-    ("meta.json", write, META, b"\xff\xfe"),
-    ("meta.json", write, META, b"[" * 10**5),
+@pytest.mark.parametrize("message, path, damage, content", [
+    ("cannot write", "out/run", write, [b"a file"]),
+    ("cannot write", "out", write, [b"a file"]),
+    ("ckpt.pt", CKPT, make_folder, []),
+    ("log.csv", "out/run/log.csv", make_folder, []),
+    ("no train shards", TRAIN_SHARD, remove, []),
+    ("no val shards", VAL_SHARD, remove, []),
+    ("is incomplete", VAL_SHARD, cut_off_a_token, []),
+    ("holds token 9000", VAL_SHARD, prepare_data.write_shard, [[279] + [9000] * 100]),
+    ("too few", TRAIN_SHARD, prepare_data.write_shard, [[279]]),
+    ("too few", VAL_SHARD, prepare_data.write_shard, [[279]]),
+    ("meta.json", META, make_folder, []),
+    ("meta.json", META, write, [b""]),
+    ("meta.json", META, write, [b"{'a': 1}"]),
+    ("meta.json", META, write, [b"\xff\xfe"]),
+    ("meta.json", META, write, [b"[" * 10**5]),
 ])
-def test_damaged_files(message, damage, path, content, trained, capsys):
-    more = [] if content is None else [content]
-    damage(Path(path), *more)
+def test_damaged_files(message, path, damage, content, trained, capsys):
+    damage(Path(path), *content)
     harmless(train_gpt2, [*RUN, "--eval_every=3"], message, capsys)
 
 
@@ -185,11 +189,8 @@ OTHER_280 += ["th" * i for i in range(1, 24)]
     ("different tokenizers", "tokenizer", {"kind": "bpe", "ranks": OTHER_280}),
 ])
 def test_meta_json_that_does_not_fit(message, name, value, trained, capsys):
-    """None: without this key."""
     content = json.loads(META.read_text(encoding="utf-8"))
-    content[name] = value
-    if value is None:
-        del content[name]
+    put(content, name, value)
     META.write_text(json.dumps(content), encoding="utf-8")
     harmless(train_gpt2, RUN, message, capsys)
 
@@ -211,19 +212,11 @@ def test_a_checkpoint_cut_short(place, trained, capsys):
 
 
 def change_checkpoint(where, value):
-    """Another value at the end of a path of keys."""
-    *keys, name = where.split()
     checkpoint = torch.load(CKPT, weights_only=True)
-    place = checkpoint
-    for key in keys:
-        place = place[key]
-    place[name] = value
-    if value is REMOVED:
-        del place[name]
+    put(checkpoint, where, value)
     torch.save(checkpoint, CKPT)
 
 
-REMOVED = object()
 WTE = "transformer.wte.weight"
 HUGE = torch.zeros(1).expand(10**6, 10**6)  # claims 4 TB
 HUGE_SPARSE = torch.sparse_coo_tensor(size=HUGE.shape, check_invariants=True)
@@ -235,16 +228,16 @@ HUGE_SPARSE = torch.sparse_coo_tensor(size=HUGE.shape, check_invariants=True)
     ("config vocab_size", 2**60),
     ("config n_layer", "two"),
     ("config color", "red"),
-    ("model", None),
+    ("model", "none"),
     ("model extra", torch.zeros(1)),
     ("model transformer.ln_f.bias", torch.zeros(16).long()),
-    ("model transformer.ln_f.bias", REMOVED),
+    ("model transformer.ln_f.bias", None),
     (f"model {WTE}", HUGE),
     (f"model {WTE}", HUGE_SPARSE),
     (f"model {WTE}", HUGE.to("meta")),
     ("tokenizer", {"kind": "x"}),
     ("tokenizer", {"kind": "char", "alphabet": "abc"}),
-    ("tokenizer", REMOVED),
+    ("tokenizer", None),
     ("step", "many"),
     ("step", -3),
     ("best_val_loss", math.nan),
@@ -254,14 +247,9 @@ def test_a_checkpoint_that_does_not_fit(where, value, trained, capsys):
     refused(capsys)
 
 
-def test_a_checkpoint_of_nothing(trained, capsys):
-    torch.save({}, CKPT)
-    refused(capsys)
-
-
 @pytest.mark.parametrize("where, value", [
     ("optimizer", {}),
-    ("optimizer", REMOVED),
+    ("optimizer", None),
     (f"optimizer state {WTE} exp_avg_sq", torch.zeros(3)),
     (f"optimizer state {WTE} exp_avg", HUGE),
     (f"optimizer state {WTE} step", 3),
@@ -278,9 +266,9 @@ def saved_bomb(value, **options):
     return box.getvalue()
 
 
-def archived_bomb(compression):
+def archived_bomb():
     box = io.BytesIO()
-    with zipfile.ZipFile(box, "w", compression) as archive:
+    with zipfile.ZipFile(box, "w") as archive:
         for part in ("data.pkl", "version", "constants.pkl"):  # TorchScript has the last one
             archive.writestr(f"archive/{part}", pickle.dumps(Bomb(), 2))
     return box.getvalue()
@@ -291,8 +279,7 @@ BOMBS = {  # files that run code if anything unpickles them carelessly
     "inside a checkpoint": saved_bomb({"model": Bomb()}),
     "an old checkpoint": saved_bomb(Bomb(), _use_new_zipfile_serialization=False),
     "a pickle": pickle.dumps(Bomb()),
-    "an archive": archived_bomb(zipfile.ZIP_STORED),
-    "a compressed archive": archived_bomb(zipfile.ZIP_DEFLATED),
+    "an archive": archived_bomb(),
 }
 
 
@@ -327,16 +314,18 @@ def test_help_names_every_setting(script, capsys):
     output = capsys.readouterr().out
     for line in output.splitlines():
         assert len(line) <= 100
-    cls = script.Settings
-    comments = re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(cls), re.M)
-    assert [name for name, _ in comments] == list(cls.__dataclass_fields__)
     words = " ".join(output.split())
-    for name, comment in comments:
-        default = getattr(cls, name)
-        option = f"--{name} {default}"
-        if isinstance(default, bool):
-            option = f"--{name}, --no-{name}"
-        assert " ".join(f"{option} {comment}".split()) in words
-    if script is train_gpt2:
-        for name in script.PRESETS:
-            assert f"\n  {name}\n" in output
+    source = inspect.getsource(script.Settings)
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
+    for name, field in script.Settings.__dataclass_fields__.items():
+        value = field.default
+        option = f"--{name}, --no-{name}" if isinstance(value, bool) else f"--{name} {value}"
+        assert " ".join(f"{option} {comments[name]}".split()) in words
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt2.main(["--help"])
+    output = capsys.readouterr().out
+    for name in train_gpt2.PRESETS:
+        assert f"\n  {name}\n" in output

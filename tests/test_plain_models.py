@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, column
+from conftest import FULL, column, shared_file
 from test_data import lines_of, prepare
 from test_evaluation import evaluated
 from torch import nn
@@ -122,38 +122,25 @@ def train_plainly(model, loader, rows, max_steps, warmup, lr):
     return losses
 
 
-def converted(shape, folder):
-    """The checkpoint of a new model of transformers."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_positions=112, **shape)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "theirs")
-    return prepare_data.convert_weights(str(folder / "theirs"), str(folder / "converted"))
-
-
-def new(shape, folder):
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=112, **shape))
-    torch.save(train_gpt2.make_checkpoint(model), folder / "new.pt")
-    return folder / "new.pt"
-
-
-@pytest.mark.parametrize("origin, max_steps, warmup", [(new, 200, 715), (converted, 20, 10)])
-def test_a_plain_gpt2_takes_the_same_steps(origin, max_steps, warmup, stories, tmp_path, request):
-    """With new weights and transformers'. GPT-2 124M with FULL_TESTS."""
+def test_a_plain_gpt2_takes_the_same_steps(stories, tmp_path):
+    """GPT-2 124M with FULL_TESTS."""
     data, shape = stories, dict(n_layer=2, n_head=2, n_embd=32)
     if FULL:
         data, shape = tmp_path / "data", dict(n_layer=12, n_head=12, n_embd=768)
-        text = request.getfixturevalue("shared_file")("tinyshakespeare.txt")
+        text = shared_file("tinyshakespeare.txt")
         prepare_data.main([str(text), "--tokenizer=gpt2", f"--out_dir={data}"])
-    shape["vocab_size"] = train_gpt2.open_data(data).tokenizer.vocab_size
+    vocab_size = train_gpt2.open_data(data).tokenizer.vocab_size
+    config = train_gpt2.GPTConfig(vocab_size, block_size=112, **shape)
     torch.manual_seed(0)
-    path = origin(shape, tmp_path)
+    path = tmp_path / "new.pt"
+    torch.save(train_gpt2.make_checkpoint(train_gpt2.GPT(config)), path)
     train_gpt2.main([
         f"--init_from={path}", f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}",
-        "--rows=stream", "--batch_size=2", "--learning_rate=6e-4", f"--warmup_steps={warmup}",
-        f"--max_steps={max_steps}", "--dtype=float32", "--log_every=1", "--eval_tokens=112"])
+        "--rows=stream", "--batch_size=2", "--learning_rate=6e-4", "--warmup_steps=715",
+        "--max_steps=200", "--dtype=float32", "--log_every=1", "--eval_tokens=112"])
     ours = column(tmp_path / "run", "train_loss")
     loader = ShardedLoader(data, "train", 112, "stream", 1)
-    plain = train_plainly(copy_of(path), loader, 2, max_steps, warmup, 6e-4)
+    plain = train_plainly(copy_of(path), loader, 2, 200, 715, 6e-4)
     assert ours == pytest.approx(plain, abs=1e-3)
     assert ours[-1] < ours[0]
 

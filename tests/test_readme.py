@@ -74,8 +74,16 @@ def test_links_lead_to_a_file_or_page(name):
         assert link.startswith("https://") or (ROOT / name).parent.joinpath(link).exists(), link
 
 
+def test_the_code_that_is_shown_is_the_code():
+    shown = README.partition("### The heart of the code")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", shown, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block in PART_1
+
+
 def test_the_glossary_quotes_part_1():
-    glossary = README.partition("## Glossary")[2]
+    glossary = text_of("tests/README.md").partition("## Words")[2].partition("\n## ")[0]
     words = re.findall(r"^\| (.+?) \| .+? \| `(.+)` \|$", glossary, re.M)
     assert len(words) >= 25
     for word, line in words:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import regex
 from conftest import fails
-from test_data import cut_of, documents_of, lines_of, parquet_of, prepare, text_lines
+from test_data import documents_of, lines_of, prepare, text_lines
 
 import prepare_data
 import train_gpt2
@@ -26,18 +26,6 @@ def test_only_the_text_column_matters(tmp_path):
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
     assert train + val == [*TEXTS[:22], *dates]
     assert '4 rows without "text" skipped\n' in output
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("empty", ["", None])
-def test_empty_documents_are_skipped_before_the_cut(kind, empty, tmp_path):
-    texts = [*TEXTS[:30], empty, *TEXTS[30:], *[empty] * 9]
-    data = parquet_of(text=texts) if kind == "parquet" else text_lines(texts)
-    (tmp_path / f"a.{kind}").write_bytes(data)
-    train, val, output = prepare(tmp_path / f"a.{kind}", tmp_path / "out")
-    assert train == TEXTS[:cut_of(TEXTS)]
-    assert train + val == TEXTS
-    assert '10 rows without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize(
@@ -70,33 +58,44 @@ def test_several_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    for name, text in zip(("a.txt", "b [1].txt"), TEXTS, strict=False):
+    for name, text in zip(("a.txt", "b [1].txt", "b.txt"), TEXTS, strict=False):
         (tmp_path / name).write_bytes(text.encode())
-    files = ["~/a.txt", "b [1].txt"]
-    prepare_data.prepare(prepare_data.Settings(dataset=files, vocab_size=300, out_dir="my data"))
+    prepare_data.main(["~/a.txt", "b [1].txt", "b.txt", "--vocab_size=300", "--out_dir=my data"])
     command = capsys.readouterr().out.split("now: ")[1]
     assert "--data_dir=my data" in shlex.split(command)
     train, val, _ = prepare("~/[ab]*.txt", "my data")
-    assert train + val == TEXTS[:2]
+    assert train + val == TEXTS[:3]
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
        "CR": "a line\rand another\r\r" * 50,
        "NUL bytes": "a\0b \0\0 c\n" * 50, "an end of text": "a <|endoftext|> b\n" * 50,
        "white space only": "".join(random.Random(0).choices(" \t\n\u3000", k=3000)),
+       "spaces": "  two  and \t tabs\t\n    four \n" * 50, "rare ones": "漢字" * 9999 + " a b",
        "control characters": "".join(map(chr, range(1, 128))) * 20,
-       "combining marks": "e\u0301\u200d\u2028\u0085\u3000x🙂🏽👨‍👩‍👧" * 200}
+       "combining marks": "e\u0301\u200d\u2028\u0085\u3000x🙂🏽👨‍👩‍👧" * 200,
+       "notation": "<unk> <s> <0x41> ▅<|endoftext|>" * 9 + "no " * 999,
+       "other alphabets": "plain words " * 90 + "漢字🙂é\u0378" * 9}
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char", "gpt2"])
-def test_odd_texts_come_back_byte_for_byte(kind, tmp_path, request):
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("kind", ["bpe", "char", "gpt2", "sentencepiece"])
+def test_tokenizers_give_back_every_text(kind, name, tmp_path, request):
+    """From the shards, and by the tokenizer that meta.json holds."""
     if kind == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
-    for name, text in ODD.items():
-        (tmp_path / "a.txt").write_bytes(text.encode())
-        argv = [f"--tokenizer={kind}", "--shard_tokens=500"]
-        train, val, _ = prepare(tmp_path / "a.txt", tmp_path / name, *argv)
-        assert "".join(train + val) == text, name
+    if kind == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+    text, path = ODD[name], tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    argv = [f"--tokenizer={kind}", "--vocab_size=1024", "--shard_tokens=2000"]
+    train, val, _ = prepare(path, tmp_path / "data", *argv)
+    assert "".join(train + val) == text
+    tokenizer = train_gpt2.open_data(tmp_path / "data").tokenizer
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot not in ids
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
 def test_runs_too_long_for_the_regular_expression(gpt2_vocabulary):

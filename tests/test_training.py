@@ -1,16 +1,13 @@
 """Runs resume bit for bit, or start again in the next folder."""
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, column, fails, log_of, posix, stopped
+from conftest import RUN, column, fails, log_of, put, stopped
 
 import train_gpt2
+from train_gpt2 import GPT, read_checkpoint
 
 
 def same_tensors(one, other):
@@ -21,8 +18,7 @@ def same_tensors(one, other):
 
 def same_bytes(one, other):
     """Two runs have the same weights and optimizer state, bit for bit."""
-    a = torch.load(one / "ckpt.pt", weights_only=True)
-    b = torch.load(other / "ckpt.pt", weights_only=True)
+    a, b = read_checkpoint(one / "ckpt.pt"), read_checkpoint(other / "ckpt.pt")
     assert a["step"] == b["step"]
     assert a["best_val_loss"] == b["best_val_loss"]
     same_tensors(a["model"], b["model"])
@@ -49,47 +45,6 @@ def compare(whole, broken, steps):
     assert (whole / "samples.md").read_bytes() == (broken / "samples.md").read_bytes()
 
 
-def start(argv, **environment):
-    """A run in a process of its own."""
-    command = [sys.executable, ROOT / "train_gpt2.py", *argv]
-    return subprocess.Popen(command, text=True, cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | environment)
-
-
-def wait_for_step(run, folder, step):
-    """Wait until it has logged the step."""
-    log = folder / "log.csv"
-    while not log.exists() or f"\n{step}," not in log.read_text(encoding="utf-8"):
-        time.sleep(0.1)
-        assert run.poll() is None, run.communicate()
-
-
-@posix
-def test_interrupted_runs_end_with_the_same_bytes(small_run, tmp_path, capsys):
-    """While a run is alive, no other one takes its folder."""
-    small_run.append("--max_steps=60")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train_gpt2.main([*small_run, f"--out_dir={whole}"]) == 0
-    argv = [*small_run, f"--out_dir={broken}"]
-    for number, step in ((signal.SIGINT, 7), (signal.SIGTERM, 31)):
-        run = start(argv)
-        wait_for_step(run, broken, step)
-        if number == signal.SIGINT:
-            run.send_signal(signal.SIGSTOP)
-            assert "another run uses" in fails(train_gpt2.main, argv, capsys)
-            run.send_signal(signal.SIGCONT)
-        run.send_signal(number)
-        output, errors = run.communicate(timeout=60)
-        assert errors == ""
-        assert run.returncode == 128 + number
-        assert "the same command resumes it" in output
-    assert train_gpt2.main(argv) == 0
-    assert f"continuing {broken} from step " in capsys.readouterr().out
-    compare(whole, broken, 60)
-    samples = (broken / "samples.md").read_text(encoding="utf-8")
-    assert re.findall(r"## Step (\d+)", samples) == ["20", "40", "60"]
-
-
 def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
     """After the end, changed, overwritten, stopped, or beside other files."""
     at, first = tmp_path / "run", tmp_path / "run" / "ckpt.pt"
@@ -105,7 +60,6 @@ def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
     assert f"a new run in {at}\n" in said(argv)
     before = first.read_bytes()
     assert f"a new run in {at}-2 ({at} is done)\n" in said(argv)
-    same_bytes(at, tmp_path / "run-2")
     assert f"{at}-3 ({at}-2 has learning_rate=0.008)" in said(faster)
     assert first.read_bytes() == before
 
@@ -114,7 +68,6 @@ def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
     assert f"a new run in {at}\n" in output
     assert "the same command without --overwrite resumes it" in output
     assert f"{at} from step 5 (to start over: --out_dir={at} --overwrite)\n" in said(faster)
-    assert first.read_bytes() != before
 
     before = first.read_bytes()
     line = fails(train_gpt2.main, [*argv, "--overwrite", f"--init_from={first}"], capsys)
@@ -129,7 +82,7 @@ def test_where_a_run_starts_and_why(small_run, tmp_path, capsys):
 
 
 def weights_of(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+    return read_checkpoint(folder / "ckpt.pt")["model"]
 
 
 def test_evaluation_and_samples_leave_no_trace(small_run, tmp_path, monkeypatch):
@@ -147,14 +100,11 @@ def test_micro_batches_change_nothing_but_rounding(small_run, tmp_path, rows):
     small_run.remove("--grad_accum_steps=2")
     argv = [*small_run, "--dropout=0", "--dtype=float32", f"--rows={rows}",
             "--total_batch_size=896", "--max_steps=8"]
-    found = []
-    for size in (8, 4, 1):
-        folder = tmp_path / str(size)
-        train_gpt2.main([*argv, f"--batch_size={size}", f"--out_dir={folder}"])
-        found.append(column(folder, "train_loss"))
-    assert len(found[0]) == 8
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
-    assert found[2] == pytest.approx(found[0], abs=1e-5)
+    train_gpt2.main([*argv, "--batch_size=8", f"--out_dir={tmp_path / 'whole'}"])
+    whole = column(tmp_path / "whole", "train_loss")
+    for size in ("4", "1"):
+        train_gpt2.main([*argv, f"--batch_size={size}", f"--out_dir={tmp_path / size}"])
+        assert column(tmp_path / size, "train_loss") == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, stories, tmp_path, capsys):
@@ -164,7 +114,7 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, stories, tm
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint) == {"model", "optimizer", "step", "config", "settings", "tokenizer",
                                "best_val_loss", "code", "progress"}
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    best = torch.load(path.with_name("best.pt"), weights_only=True)
     assert set(best) == set(checkpoint) - {"optimizer"}
     weights = checkpoint["model"]
     assert "transformer.h.0.attn.c_attn.weight" in weights
@@ -182,14 +132,43 @@ def test_a_checkpoint_is_a_plain_file_and_starts_new_runs(small_run, stories, tm
     assert f"\n{path} on {stories}: {last:.4f}, " in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_older_code(trained, capsys):
+    """The first ones had neither `code` nor `threads`, and the dtype as it was given."""
+    path = trained / "out" / "run" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for where in ("code", "progress", "config tie_weights", "settings tie_weights",
+                  "settings resume", "settings compare"):
+        put(checkpoint, where, None)
+    # They were numbered, matrices first
+    states, weights = checkpoint["optimizer"]["state"], checkpoint["model"]
+    names = sorted(states, key=lambda name: weights[name].dim() < 2)
+    checkpoint["optimizer"]["state"] = {i: states[name] for i, name in enumerate(names)}
+    torch.save(checkpoint, path)
+    text = GPT.from_checkpoint(path).generate("Tale 7", max_new_tokens=5, seed=1)
+    assert text.startswith("Tale 7")
+    assert train_gpt2.main(RUN) == 0
+    assert "continuing out/run from step 3" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_dtype_but_not_its_threads(trained, monkeypatch, capsys):
+    """Their number is the environment's; a remark says that rounding may differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    stopped(2, [*RUN, "--out_dir=out/kept", "--dtype=float16"])
+    torch.set_num_threads(threads)
+    assert train_gpt2.main([*RUN, "--out_dir=out/kept"]) == 0  # auto is never float16 here
+    assert torch.get_num_threads() == threads
+    output = capsys.readouterr().out
+    assert f"it ran with {threads + 1} threads and goes on with {threads}" in output
+    assert read_checkpoint("out/kept/ckpt.pt")["progress"]["dtype"] == "float16"
+
+
 def test_max_minutes_ends_a_run_that_other_minutes_resume(small_run, tmp_path, capsys):
     """Even with rare logs, and with no effect on the weights."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--sample_every=100000",
-              "--checkpoint_every=100000", "--max_steps=100"]
+    seldom = [*small_run, "--log_every=100000", "--eval_every=100000", "--checkpoint_every=100000"]
     assert train_gpt2.main([*seldom, "--max_minutes=0.0001"]) == 0
     assert "the same command resumes it" in capsys.readouterr().out
-    assert train_gpt2.read_checkpoint(run / "ckpt.pt")["step"] < 100
     assert train_gpt2.main([*seldom, "--max_minutes=5"]) == 0
     output = capsys.readouterr().out
     assert f"continuing {run}" in output
@@ -209,19 +188,6 @@ def test_throughput_is_that_of_training_alone(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "evaluate", evaluate_for_an_hour)
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: clock() + 3600 * len(hours))
     train_gpt2.main([*small_run, "--log_every=10"])
-    first, *rows = [row for row in log_of(tmp_path / "run") if row["train_loss"]]
-    assert first["tokens_per_second"] == ""
-    assert len(rows) == 3
-    tokens = int(rows[1]["tokens"]) - int(rows[0]["tokens"])
-    for row in rows:
-        assert float(row["tokens_per_second"]) > tokens / 60
-
-
-def test_without_a_compiler(small_run, tmp_path):
-    """A run that asks for torch.compile warns, and trains."""
-    argv = [*small_run, "--max_steps=3", "--compile_model=true", "--device=cpu"]
-    cache = str(tmp_path / "cache")
-    run = start(argv, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=cache)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0
-    assert "torch.compile does not work here" in output
+    speeds = column(tmp_path / "run", "tokens_per_second")
+    assert len(speeds) == 3
+    assert min(speeds) > 100  # of some 8,000 tokens between two lines
