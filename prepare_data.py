@@ -103,7 +103,7 @@ def one_line(what, advice=""):
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        reason = f"{type(error).__name__}: {error}"
         if NETWORK.search("".join(traceback.format_exception(error))):
             reason = "the network failed; later, the same command goes on"
         raise UserError(f"{what} ({textwrap.shorten(reason, 200)}){advice}") from None
@@ -146,9 +146,9 @@ class Part:
         """Yields (place, text, begins). A text may be empty. pieces(place) goes on there."""
         where, characters, documents = place
         for where, (text, begins) in self.source(place[0]):
-            inside = text[max(0, self.first - characters):max(0, self.last - characters)]
             if characters >= self.last:
                 break
+            inside = text[max(0, self.first - characters):self.last - characters]
             if inside or not text and characters >= self.first:
                 begins = inside != "" and (begins or characters <= self.first)
                 yield Place(where, characters, documents), inside, begins
@@ -163,15 +163,13 @@ def at_hand(read, where):
     return itertools.islice(enumerate(read()), where, None)
 
 
-def read_strings(texts):
+def read_all(texts, paths, column):
+    """Yields (text, begins) of texts, and of files."""
     for text in texts:
         yield text, True
-
-
-def read_files(read, paths, column):
     for path in paths:
         with one_line(f"cannot read {path}"):
-            yield from read(path, column)
+            yield from reader_of(path)(path, column)
 
 
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
@@ -182,7 +180,8 @@ def open_file(path, mode, **how):
     return library.open(path, mode, **how)
 
 
-MARK = re.compile(rf"^{re.escape(END_OF_TEXT)}\r?$\n?", re.M)
+# A line of it, whether lines end with \n, \r\n or \r
+MARK = re.compile(rf"(?:\A|(?<=[\r\n])){re.escape(END_OF_TEXT)}(?:\r\n|\r|\n|\Z)")
 
 
 def read_text(path, column):
@@ -217,23 +216,20 @@ def read_more(file, path):
 
 
 def read_lines(path, column):
+    """A line of JSON is a document, "" if it has no such text."""
     with open_file(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield text_in(line, column, f"{path}, line {number}"), True
-
-
-def text_in(line, column, place):
-    """The text in a line of JSON, "" if there is none. Raises UserError if it is not JSON."""
-    with one_line(f"{place}, is not JSON in UTF-8"):
-        # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
-        row = json.loads(line.decode("utf-8-sig"), parse_int=float)
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        return ""
-    text = row[column]
-    if b"\\u" in line:  # an escape can be half of a surrogate pair, which is not a character
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+            if line.isspace():
+                continue
+            with one_line(f"{path}, line {number}, is not JSON in UTF-8"):
+                # A byte-order mark may stand first. float: Python refuses an int of 4,301 digits
+                row = json.loads(line.decode("utf-8-sig"), parse_int=float)
+            text = ""
+            if isinstance(row, dict) and isinstance(row.get(column), str):
+                text = row[column]
+            if b"\\u" in line:  # an escape can be half of a surrogate pair, which is no character
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text, True
 
 
 def read_parquet(path, column):
@@ -242,24 +238,24 @@ def read_parquet(path, column):
     # A megabyte at a time: by itself the library reads a gigabyte ahead
     with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         check_column(file.schema_arrow, column)
-        columns = (table.column(0) for table in file.iter_batches(ROWS, columns=[column]))
-        for row, value in enumerate(itertools.chain.from_iterable(columns), 1):
-            yield text_of(value, f"{path}, row {row}"), True
+        for table in file.iter_batches(ROWS, columns=[column]):
+            for text in texts_of(table.column(0)):
+                yield text, True
 
 
-def read_hub(repository, column, where):
-    """The source of a split of a data set on the hub, (its name, its configuration, the split).
-    It is streamed. where: the state of the library's stream, and the row after that."""
+def read_hub(name, config, column, split, where):
+    """The source of a split of a data set on the hub, which is streamed. where: the state of the
+    library's stream, and the row after that."""
     state, first = where or (None, 0)
-    with one_line(f"cannot read {repository[0]} from the hub", OFFLINE):
-        rows = open_hub(*repository).with_format("arrow")
+    with one_line(f"cannot read {name} from the hub", OFFLINE):
+        rows = open_hub(name, config, split).with_format("arrow")
         if state:
             rows.load_state_dict(state)
         for table in rows.iter(ROWS):
             check_column(table.schema, column)
-            for row, value in enumerate(table[column]):
+            for row, text in enumerate(texts_of(table[column])):
                 if row >= first:
-                    yield (state, row), (text_of(value, repository[0]), True)
+                    yield (state, row), (text, True)
             # Only now: before that, the library does not return the state that it was given
             state, first = rows.state_dict(), 0
 
@@ -271,13 +267,12 @@ def check_column(schema, column):
                         f"--text_column, from {', '.join(schema.names)}")
 
 
-def text_of(value, place):
-    """The text in a cell of a table, "" if there is none."""
-    try:
-        text = value.as_py() or ""
-        return text.decode("utf-8") if isinstance(text, bytes) else text
-    except UnicodeDecodeError:
-        raise UserError(f"{place}, has text that is not UTF-8") from None
+def texts_of(column):
+    """The texts in a column of a table, "" where there is none."""
+    for text in column.to_pylist():
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        yield text or ""
 
 
 # ---- Which source: the stories, files or the hub ----
@@ -317,7 +312,7 @@ def find_files(words):
             paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            what = "a folder" if os.path.isdir(path) else "no such file"
+            what = "a folder or device" if os.path.exists(path) else "no such file"
             for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
                 what = f"no such file, did you mean {near}"
             raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME (a "
@@ -366,24 +361,24 @@ def split_source(source, s, paths=(), enough=sys.maxsize):
     input shows early. But a stream that has more than `enough` characters is cut there: its first
     documents are for validation, since its end is far."""
     starts = array.array("q")
-    size = 0
-    for _, text, begins in Part(source).pieces():
-        if begins:
+    size = marks = 0
+    for _, (text, begins) in source(0):
+        if begins and text:
             if size >= enough:
                 return {"train": Part(source, size), "val": Part(source, 0, size)}
             starts.append(size)
         size += len(text)
+        marks += text.count(END_OF_TEXT)
     if not starts:
         raise UserError(f"{s.dataset} holds 0 documents with --text_column={s.text_column}"
                         f"{''.join(map(columns_of, paths[:1]))}")
     if len(starts) > len(paths) > 0 and reader_of(paths[0]) is read_text:
         print(f"lines of {END_OF_TEXT} cut the text into {len(starts):,} documents")
+    if marks:
+        print(f"note: {END_OF_TEXT} inside of a document stays text ({marks:,} times)")
     cut = int(size * (1 - s.val_fraction))
-    if s.dataset == "stories":
-        held_out = HELD_OUT  # few: stories are all alike, and are measured often
-        if s.val_fraction != Settings.val_fraction:
-            held_out = max(1, round(STORIES * s.val_fraction))
-        cut = starts[-held_out]
+    if s.dataset == "stories" and s.val_fraction == Settings.val_fraction:
+        cut = starts[-HELD_OUT]  # few: stories are all alike, and are measured often
     elif len(starts) > 1:
         cut = min(starts[1:], key=lambda start: abs(start - cut))
     if min(cut, size - cut) < 4:
@@ -398,30 +393,27 @@ def open_repository(s):
     with one_line(f"cannot read {s.dataset} from the hub", OFFLINE):
         import datasets
         splits = datasets.get_dataset_split_names(name, config)
-    first = splits[0]
-    if "train" in splits:
-        first = "train"
-    own = [split for split in splits if split.startswith("val") and split != first]
-    train = partial(read_hub, (name, config, first), s.text_column)
-    if own:
-        print(f"train is the split {first}, val the split {own[0]}")
-        return {"train": Part(train),
-                "val": Part(partial(read_hub, (name, config, own[0]), s.text_column))}
-    print(f"train and val are two parts of the split {first}")
+    train = "train" if "train" in splits else splits[0]
+    source = partial(read_hub, name, config, s.text_column)
+    for split in splits:
+        if split.startswith("val") and split != train:
+            print(f"train is the split {train}, val the split {split}")
+            return {"train": Part(partial(source, train)), "val": Part(partial(source, split))}
+    print(f"train and val are two parts of the split {train}")
     wanted = int(min(s.shard_tokens, (s.max_tokens or sys.maxsize) * s.val_fraction))
-    return split_source(train, s, (), 4 * max(1, wanted))
+    return split_source(partial(source, train), s, (), 4 * max(1, wanted))
 
 
 def open_source(s, paths):
     """{"train": Part, "val": Part}. paths: the files on this machine, if it is files."""
+    texts = []
     if s.dataset == "stories":
-        read = partial(read_strings, [*map(text_of_story, write_stories(s.seed))])
+        texts = [*map(text_of_story, write_stories(s.seed))]
     elif s.dataset == "shakespeare":
-        read = partial(read_strings, [download(SHAKESPEARE_URL)])
-    elif paths:
-        read = partial(read_files, reader_of(paths[0]), paths, s.text_column)
-    else:
+        texts = [download(SHAKESPEARE_URL)]
+    elif not paths:
         return open_repository(s)
+    read = partial(read_all, texts, paths, s.text_column)
     return split_source(partial(at_hand, read), s, paths)
 
 
@@ -538,18 +530,17 @@ def encode_array(tokenizer, text):
     kind = tokenizer.spec["kind"]
     if kind == "char":
         return np.fromiter(map(tokenizer.ids.get, text), np.uint16, len(text))
-    pieces = safe_pieces(text, LONGEST)
-    if kind == "sentencepiece":
-        ids = [*map(tokenizer.encode, pieces)]
-    else:
+    encode = tokenizer.encode
+    if kind != "sentencepiece":
         encode = partial(tokenizer.encoding.encode_to_numpy, disallowed_special=())
-        ids = [*map(encode, pieces)]
-    return np.concatenate(ids).astype(np.uint16)
+    if len(text) <= LONGEST:
+        return encode(text)
+    return np.concatenate([*map(encode, safe_pieces(text, LONGEST))])
 
 
 # ---- Shards ----
 
-BATCH = 16  # pieces that a thread encodes at a time
+BATCH = 100_000  # characters that a thread encodes at a time
 NEW = dict(shards=0, place=START, used=0, documents=0, skipped=0)  # a split's state
 
 
@@ -558,29 +549,55 @@ def separator(tokenizer):
     return tokenizer.document_start * (2 if tokenizer.eot is None else 1)
 
 
+def batches(pieces):
+    """Lists of pieces, of some BATCH characters each."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode_batch(batch, tokenizer):
-    """[(place, begins, (n,) uint16 ids)], a separator before each document"""
+    """A batch's (n,) uint16 ids, with a separator before each document; where in them documents
+    begin; and how many of its texts are empty."""
+    texts = [text for _, text, _ in batch]
+    whole = all(begins and len(text) <= LONGEST for _, text, begins in batch)
+    marked = "".join([END_OF_TEXT + text for text in texts])
+    if whole and hasattr(tokenizer, "encoding") and marked.count(END_OF_TEXT) == len(texts):
+        # In one call, since threads wait for each other whenever they return to Python
+        ids = tokenizer.encoding.encode_to_numpy(marked, allowed_special={END_OF_TEXT})
+        return ids.astype(np.uint16), np.flatnonzero(ids == tokenizer.eot), 0
     before = np.array(separator(tokenizer), np.uint16)
-    found = []
+    found, starts, size = [], [], 0
     for place, text, begins in batch:
         ids = encode_array(tokenizer, text)
-        if begins and (place.documents > 0 or tokenizer.eot is not None):
-            ids = np.concatenate([before, ids])
-        found.append((place, begins, ids))
-    return found
+        if begins:
+            starts.append(size)
+            if place.documents > 0 or tokenizer.eot is not None:
+                ids = np.concatenate([before, ids])
+        found.append(ids)
+        size += len(ids)
+    return np.concatenate(found).astype(np.uint16), starts, texts.count("")
 
 
 def encoded(pieces, tokenizer):
-    """Encodes pieces on all cores, some batches ahead, and yields them in their order."""
+    """Encodes pieces on all cores, some batches ahead. Yields (the place of a batch, its ids, ...)
+    in their order."""
     workers = os.cpu_count() or 1
     waiting = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
-        while batch := [*itertools.islice(pieces, BATCH)]:
-            waiting.append(pool.submit(encode_batch, batch, tokenizer))
+        for batch in batches(pieces):
+            waiting.append((batch[0][0], pool.submit(encode_batch, batch, tokenizer)))
             if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        for result in waiting:
-            yield from result.result()
+                place, result = waiting.popleft()
+                yield place, *result.result()
+        for place, result in waiting:
+            yield place, *result.result()
 
 
 def write_split(s, path, part, tokenizer, at):
@@ -597,7 +614,7 @@ def write_split(s, path, part, tokenizer, at):
     pieces = encoded(part.pieces(at["place"]), tokenizer)
     bar = tqdm(desc=path[-5:], unit=" tokens", unit_scale=True, initial=tokens, disable=None)
     with bar, contextlib.closing(pieces):
-        for place, begins, ids in pieces:
+        for place, ids, starts, empty in pieces:
             fresh = ids[used:used + limit - tokens]
             waiting.append(fresh)
             tokens, used, size = tokens + len(fresh), used + len(fresh), size + len(fresh)
@@ -609,9 +626,8 @@ def write_split(s, path, part, tokenizer, at):
                 number += 1
                 at.update(shards=at["shards"] + 1, place=place, used=used - size)
                 yield
-            at["documents"] = place.documents + begins
-            if len(ids) == 0:
-                at["skipped"] += 1
+            at["documents"] = place.documents + bisect.bisect_left(starts, used)
+            at["skipped"] += empty
             if tokens == limit:
                 break
             used = 0
@@ -686,12 +702,14 @@ def baselines(train, val, counts):
 
 def describe(folder, name, tokenizer, splits):
     """What meta.json says of the shards."""
-    meta, shards, counts = {"dataset": name, "tokenizer": tokenizer.spec}, shard_paths(folder), {}
+    meta, shards = {"dataset": name, "tokenizer": tokenizer.spec}, shard_paths(folder)
     for split, at in splits.items():
-        counts[split] = count_tokens(shards[split], tokenizer.vocab_size)
-        meta[split] = {"tokens": int(counts[split].sum()), "documents": at["documents"],
-                       "bytes": int(counts[split] @ tokenizer.token_bytes())}
-    meta["landmarks"] = baselines(shards["train"], shards["val"], counts["train"])
+        counts = count_tokens(shards[split], tokenizer.vocab_size)
+        meta[split] = dict(tokens=int(counts.sum()), documents=at["documents"],
+                           bytes=int(counts @ tokenizer.token_bytes()))
+        if split == "train":
+            train_counts = counts
+    meta["landmarks"] = baselines(shards["train"], shards["val"], train_counts)
     return meta
 
 
@@ -752,7 +770,8 @@ def claim(folder, settings):
 
 def prepare(s):
     """Text to shards. What an earlier, unfinished run has written is kept."""
-    words = [*map(os.path.expanduser, [s.dataset] if isinstance(s.dataset, str) else s.dataset)]
+    words = [s.dataset] if isinstance(s.dataset, str) else s.dataset
+    words = [*map(os.path.expanduser, words)]
     s.dataset = " ".join(words)
     paths, name = find_files(words), name_of(words)
     kind, folder = USUAL.get(s.dataset, "bpe"), f"data/{name}"
@@ -793,8 +812,7 @@ def prepare(s):
     report(folder, meta)
     skipped = sum(at["skipped"] for at in progress["splits"].values())
     if skipped:
-        unit = "lines" if paths and reader_of(paths[0]) is read_lines else "rows"
-        print(f'{skipped:,} {unit} without "{s.text_column}" skipped')
+        print(f'{skipped:,} rows without "{s.text_column}" skipped')
 
 
 # ---- The BPE trainer ----
@@ -1077,7 +1095,8 @@ def entropy_floor(s, folder, tokenizer, val):
 
 # transformers stores these as Conv1D does, (in, out); nn.Linear stores (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-ACTIVATIONS = {"relu": "relu"} | dict.fromkeys(  # all of these are GPT-2's GELU, by tanh
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu_exact", "gelu_python": "gelu_exact"}
+ACTIVATIONS |= dict.fromkeys(  # all of these are GPT-2's GELU, by tanh
     ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"], "gelu")
 FIXED = dict(model_type="gpt2", layer_norm_epsilon=1e-5, scale_attn_weights=True,
              scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
@@ -1093,8 +1112,8 @@ def config_of(theirs):
     if activation not in ACTIVATIONS:
         raise ValueError(f"its activation_function is {activation!r}, none of GPT-2's")
     config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return config | {"block_size": theirs["n_positions"], "activation": ACTIVATIONS[activation],
-                     "tie_weights": theirs.get("tie_word_embeddings", True)}
+    return config | dict(block_size=theirs["n_positions"], activation=ACTIVATIONS[activation],
+                         tie_weights=theirs.get("tie_word_embeddings", True))
 
 
 def read_config(folder):
@@ -1111,17 +1130,20 @@ def shape_of(config):
 
 
 def weight_names():
-    """The names of files of weights, and of their parts, first those that are read first."""
-    names = ["model{}.safetensors", "pytorch_model{}.bin"]
+    """The names of files of weights, first those that are read first."""
+    names = ["model.safetensors", "pytorch_model.bin"]
     return names if importlib.util.find_spec("safetensors") else names[::-1]
 
 
 def weight_files(folder):
-    """A folder's files of weights: a whole one, or its parts."""
+    """A folder's files of weights: a whole one, or the parts that its index names."""
     for name in weight_names():
-        for part in ("", "-*"):
-            if found := sorted(folder.glob(name.format(part))):
-                return found
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            parts = json.loads(index.read_bytes())["weight_map"].values()
+            return [folder / part for part in sorted({*parts})]
     raise ValueError("it has no weights")
 
 
@@ -1138,8 +1160,9 @@ def download_model(name):
         config_of(read_config(folder))
         print(f"downloading {repository}", flush=True)
         for name in weight_names():
-            get(allow_patterns=[name.format("*")])
-            if any(folder.glob(name.format("*"))):
+            pattern = name.replace(".", "*.") + "*"  # the parts and the index too
+            get(allow_patterns=[pattern])
+            if any(folder.glob(pattern)):
                 break
     return folder
 
@@ -1163,9 +1186,11 @@ def read_model(place):
     found = load_tensors(place)
     if "model_args" not in found:
         raise ValueError("no checkpoint of nanoGPT's; one of train_gpt2.py needs no conversion")
-    print("note: nanoGPT's GELU is exact since June 2023: logits may differ by 0.001")
+    print("note: its GELU is taken to be exact, as nanoGPT's is since June 2023; older ones have "
+          "GPT-2's, by tanh, and their logits differ by some 0.001")
     theirs = found["model_args"]
-    return theirs | {"n_positions": theirs["block_size"]}, found["model"]
+    as_config = {"n_positions": theirs["block_size"], "activation_function": "gelu"}
+    return theirs | as_config, found["model"]
 
 
 def fit(model, tensors, theirs):
@@ -1239,7 +1264,7 @@ def read_tokenizer(folder, vocab_size):
 def is_model(name):
     """Whether a name is that of a GPT-2 to convert."""
     return (name in OPENAI_NAMES or name.startswith("model:") or name.endswith(".pt")
-            or os.path.isfile(os.path.join(name, "config.json")))
+            or os.path.isfile(os.path.join(os.path.expanduser(name), "config.json")))
 
 
 def convert_weights(name, out_dir=""):
@@ -1248,7 +1273,7 @@ def convert_weights(name, out_dir=""):
     that transformers wrote, or a checkpoint of nanoGPT's. Nothing in it is executed. Raises
     UserError for anything but a GPT-2."""
     path = Path(out_dir, "best.pt") if out_dir else converted_path(name.removesuffix(".pt"))
-    place, source = Path(name).expanduser(), name
+    place, source = Path(os.path.expanduser(name)), name
     with one_line(f"{name} holds no GPT-2 that can be converted"):
         if name.endswith(".pt"):
             source = checksum(place)
@@ -1267,19 +1292,18 @@ def convert_weights(name, out_dir=""):
             place = download_model(name)
         theirs, tensors = read_model(place)
         config = config_of(theirs)
-        tokenizer, rows = read_tokenizer(place, config["vocab_size"]), config["vocab_size"]
+        tokenizer = read_tokenizer(place, config["vocab_size"])
         command = "without a tokenizer"
         if tokenizer:
-            config["vocab_size"] = len(tokenizer.get("ranks", range(50256))) + 1
+            size = len(tokenizer.get("ranks", range(50256))) + 1
+            if size < config["vocab_size"]:
+                cut = config["vocab_size"] - size
+                print(f"{cut:,} rows behind the tokenizer's last id are cut off")
+            config["vocab_size"] = size
             command = "now: " + shlex.join(["python", "sample.py", f"--checkpoint={path}"])
-        if rows > config["vocab_size"]:
-            cut = rows - config["vocab_size"]
-            print(f"{cut:,} rows behind the tokenizer's last id are cut off")
         model = shape_of(config)
         weights = fit(model, tensors, theirs)
-    settings = {}
-    if theirs.get("starts_documents") is True:
-        settings["rows"] = "documents"
+    settings = {"rows": "documents"} if theirs.get("starts_documents") is True else {}
     checkpoint = make_checkpoint(model, settings=settings)
     checkpoint |= {"model": weights, "tokenizer": tokenizer, "source": source}
     make_folder(path.parent)
@@ -1295,9 +1319,7 @@ def convert_weights(name, out_dir=""):
 def main(argv=None):
     s, _ = parse_settings(Settings, argv, __doc__, bare="dataset")
     check_ranges(s, shard_tokens=(2, 2**31 - 1), max_tokens=(2, 2**63), seed=(0, 2**63),
-                 val_fraction=(1e-9, 0.999))
-    if s.tokenizer not in ("gpt2", "char"):
-        check_ranges(s, vocab_size=(257, 65_536))
+                 val_fraction=(1e-9, 0.999), vocab_size=(257, 65_536))
     if isinstance(s.dataset, str) and is_model(s.dataset):
         convert_weights(s.dataset, s.out_dir)
     elif s.dataset == "hellaswag":

@@ -25,7 +25,7 @@ def test_only_the_text_column_matters(tmp_path):
         (tmp_path / f"{i}.jsonl").write_bytes(data)
     train, val, output = prepare(tmp_path / "[0-9].jsonl", tmp_path / "out")
     assert train + val == [*TEXTS[:22], *dates]
-    assert '4 lines without "text" skipped\n' in output
+    assert '4 rows without "text" skipped\n' in output
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,18 @@ def test_a_bad_line_is_named(bad, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_marks_of_an_end_cut_a_text(tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_marks_of_an_end_cut_a_text(end, tmp_path):
     """Lines of <|endoftext|>, as TinyStories has them. Inside of a line it is a part of a text."""
-    texts = ["A cat.\n\nIt sat. " * 9, "A dog\r\nran. <|endoftext|> " * 9, "x" * 150_000,
+    texts = [f"A cat.{end}{end}It sat. " * 9, f"A dog{end}ran. <|endoftext|> " * 9, "x" * 150_000,
              "The end. "]
-    marked = "\n<|endoftext|>\r\n".join(texts) + "\n<|endoftext|>\n<|endoftext|>\n"
+    mark = f"{end}<|endoftext|>{end}"
+    marked = mark.join(texts) + mark + "<|endoftext|>"
     (tmp_path / "a.txt").write_bytes(marked.encode())
     train, val, output = prepare(tmp_path / "a.txt", tmp_path / "out")
     assert train + val == texts
     assert "lines of <|endoftext|> cut the text into 4 documents\n" in output
+    assert "note: <|endoftext|> inside of a document stays text (9 times)\n" in output
 
 
 def test_several_files(tmp_path, monkeypatch, capsys):
@@ -65,6 +68,7 @@ def test_several_files(tmp_path, monkeypatch, capsys):
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,
+       "CR": "a line\rand another\r\r" * 50,
        "NUL bytes": "a\0b \0\0 c\n" * 50, "an end of text": "a <|endoftext|> b\n" * 50,
        "white space only": "".join(random.Random(0).choices(" \t\n\u3000", k=3000)),
        "spaces": "  two  and \t tabs\t\n    four \n" * 50, "rare ones": "漢字" * 9999 + " a b",

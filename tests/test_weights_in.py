@@ -61,6 +61,8 @@ def as_openai_has_it(theirs, folder):
     (WHOLE, SMALL | dict(activation_function="relu")),
     (WHOLE, SMALL | dict(activation_function="gelu_fast")),
     (WHOLE, SMALL | dict(activation_function="gelu_pytorch_tanh")),
+    (WHOLE, SMALL | dict(activation_function="gelu", initializer_range=0.3)),
+    (WHOLE, SMALL | dict(activation_function="gelu_python", initializer_range=0.3)),
 ])
 def test_their_models_open_here(save, shape, tmp_path):
     theirs = theirs_of(**shape)
@@ -93,9 +95,20 @@ def test_without_safetensors(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)  # so an import fails
     with pytest.raises(UserError, match="pip install safetensors"):
         convert(tmp_path)
+    shards, index = {"a.bin": {}, "b.bin": {}}, {}
     for i, (name, tensor) in enumerate(theirs.state_dict().items()):
-        torch.save({name: tensor}, tmp_path / f"pytorch_model-{i:05}-of-00017.bin")
+        index[name] = [*shards][i % 2]
+        shards[index[name]][name] = tensor
+    for name, shard in shards.items():
+        torch.save(shard, tmp_path / name)
+    # What an earlier save left is in no index
+    torch.save({"transformer.wpe.weight": torch.zeros(2)},
+               tmp_path / "pytorch_model-00009-of-00009.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     agree(GPT.from_checkpoint(convert(tmp_path)), theirs)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(UserError, match="b.bin"):
+        convert(tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -115,8 +128,11 @@ def test_a_checkpoint_of_nanogpt(bias, tmp_path, monkeypatch, capsys):
     shape = SMALL | dict(vocab_size=50304, block_size=24, bias=bias, dropout=0.0)
     torch.save({"model": state, "model_args": shape, "iter_num": 5}, "ckpt.pt")
     assert prepare_data.main(["ckpt.pt"]) == 0
-    assert "47 rows behind the tokenizer's last id are cut off" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "47 rows behind the tokenizer's last id are cut off" in output
+    assert "GELU is taken to be exact" in output
     converted = read_checkpoint("out/ckpt/best.pt")
+    assert converted["config"]["activation"] == "gelu_exact"
     same_tensors(converted["model"], weights)
     assert converted["tokenizer"] == {"kind": "gpt2"}
 
@@ -317,7 +333,7 @@ def test_weights_that_mean_harm(name, value, refuses):
 
 @pytest.mark.parametrize("name, value, message", [
     ("n_layer", 10**9, "n_layer"),
-    ("activation_function", "gelu", "is 'gelu'"),
+    ("activation_function", "quick_gelu", "is 'quick_gelu'"),
     ("model_type", "bert", "is 'bert'"),
 ])
 def test_configs_of_other_models(name, value, message, refuses):
