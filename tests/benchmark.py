@@ -173,11 +173,10 @@ def preparing(process, kind):
 
     def alone():
         if kind == "parquet":
-            texts, size = pyarrow.parquet.read_table(path).column("text").to_pylist(), 200
+            texts = pyarrow.parquet.read_table(path).column("text").to_pylist()
         else:
-            text, size = path.read_text(encoding="utf-8"), 1
-            texts = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-        batches = [texts[i:i + size] for i in range(0, len(texts), size)]
+            texts = path.read_text(encoding="utf-8").split("\n\n")
+        batches = [texts[i:i + 200] for i in range(0, len(texts), 200)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return sum(pool.map(encode_all, batches), [])
 
