@@ -314,8 +314,13 @@ class GPT(nn.Module):
         # 2 * n_layer, the number of additions: a deeper model's stream starts no larger (GPT-2
         # paper, section 2.3)
         residual_std = init_std / math.sqrt(2 * self.config.n_layer)
+        # A head of zeros: the first loss is exactly ln V. The scale in front of it lets logits grow
+        # soon; the shift, the same for each token, tells how frequent tokens are
+        own_head = {"lm_head.weight": 0, "transformer.ln_f.weight": 5, "transformer.ln_f.bias": 2}
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name in own_head and not tied:
+                nn.init.constant_(p, own_head[name])
+            elif name.endswith("bias"):
                 nn.init.zeros_(p)
             elif name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=residual_std)
@@ -323,12 +328,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=embedding_std)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=init_std)
-        if not tied:
-            # A head of zeros: the first loss is exactly ln V. The scale in front of it lets logits
-            # grow soon; the shift, the same for each token, tells how frequent tokens are
-            nn.init.zeros_(self.lm_head.weight)
-            nn.init.constant_(self.transformer.ln_f.weight, 5)
-            nn.init.constant_(self.transformer.ln_f.bias, 2)
         if self.config.pos_encoding == "sinusoidal":
             table = sinusoids(self.config.block_size, self.config.n_embd)
             if tied:  # sines, with a root mean square of 0.7, would drown such an embedding
