@@ -306,8 +306,8 @@ class GPT(nn.Module):
         """Matrices start as N(0, init_std), biases as 0 (GPT paper, section 4.1). A sum of C terms
         grows as the root of C; 1 / sqrt(3 C), the std of a new nn.Linear, cancels that."""
         # Tied, the token embedding is the output matrix too, and starts as small as the others.
-        # Of its own, it starts so large that what all blocks learn to add first, the same for each
-        # token, leaves it a share of the residual stream
+        # A separate one starts larger: in the first steps all blocks add nearly the same to each
+        # token, in which small embeddings would be lost. (2, and 5 and 2 below: tests/README.md)
         tied = self.config.tie_weights
         embedding_std = init_std if tied else 2.0
         # Each block's two c_proj add to the residual stream. They start divided by the root of
@@ -532,7 +532,7 @@ class ShardedLoader:
 def make_optimizer(model, s, device):
     """AdamW (Loshchilov & Hutter 2019). Adam divides the running mean of a weight's gradients by
     the root of their running mean square; beta1 and beta2 say how slowly these forget. The two
-    are of a size, so that a step moves a weight by about the learning rate, or by less.
+    are similar in size, so a step moves a weight by about the learning rate or less.
     The W is weight decay: each step multiplies matrices, not biases and norms, by
     1 - learning_rate * weight_decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -742,11 +742,12 @@ class Run:
     def keep(self, step, found):
         """Keep what was measured for the next line of the log; draw the report anew."""
         self.measured |= {"step": step, "tokens": self.tokens} | found
-        other = self.place.other
-        if other and unreadable(other):  # somebody has removed it in the meantime
-            self.process.say(f"note: no longer compared with {other}: {unreadable(other)}")
-            self.place.other = None
         if self.process.is_master:
+            other = self.place.other
+            problem = unreadable(other) if other else ""
+            if problem:  # somebody has removed it in the meantime
+                self.process.say(f"note: no longer compared with {other}: {problem}")
+                self.place.other = None
             write_report(self, [*read_log(self.folder), self.measured])
         self.restart_clock()
 
@@ -1962,7 +1963,7 @@ def hellaswag(model, questions, process):
     for numbers in question_batches(texts)[process.rank::process.world_size]:
         contexts = [texts[number][0] for number in numbers]
         endings = itertools.chain(*[texts[number][1] for number in numbers])
-        contexts = torch.tensor(contexts, device=process.device)  # (B, P)
+        contexts = torch.tensor(contexts, device=process.device)  # (B, P): B texts of P tokens
         y = nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings],
                                       batch_first=True, padding_value=-1)  # (4 B, T)
         y = y.to(process.device)
