@@ -318,7 +318,8 @@ def test_float16s_scaler_survives_a_stop(tiny_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("holder, name, error", [
     (train_gpt2.MLP, "forward", torch.OutOfMemoryError("CUDA out of memory.")),
     (train_gpt2.MLP, "forward", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    (train_gpt2, "load_training_state", MemoryError()),
+    (torch.optim.Optimizer, "load_state_dict", torch.OutOfMemoryError("CUDA out of memory.")),
+    (torch.optim.Optimizer, "load_state_dict", MemoryError()),
 ])
 def test_out_of_memory_names_what_to_halve_and_what_to_double(
         holder, name, error, trained, capsys, monkeypatch):
