@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -207,6 +207,14 @@ def test_without_a_compiler(tiny_run, tmp_path):
 
 
 # ---- Disks ----
+
+
+def test_a_file_that_another_program_reads(tmp_path, monkeypatch):
+    """Windows does not replace it meanwhile; a virus scanner is soon done."""
+    busy = Mock(side_effect=[PermissionError, PermissionError, DEFAULT], wraps=os.replace)
+    monkeypatch.setattr(os, "replace", busy)
+    train_gpt2.write_text(tmp_path / "log.csv", "new")
+    assert (tmp_path / "log.csv").read_text() == "new"
 
 
 @posix
