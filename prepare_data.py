@@ -59,6 +59,7 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     check_ranges,
     check_shape,
     converted_path,
+    load_plain,
     make_checkpoint,
     parse_settings,
     read_shard,
@@ -287,7 +288,8 @@ OURS = ["stories", *USUAL, "hellaswag"]
 HUB_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?")
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".jsonlines": read_lines,
            ".parquet": read_parquet}
-READERS |= dict.fromkeys([".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx"])
+READERS |= dict.fromkeys([".json", ".csv", ".tsv", ".tar", ".zip", ".zst", ".pdf", ".docx",
+                          ".bin", ".pth", ".ckpt", ".safetensors"])
 
 
 def unpacked(path):
@@ -321,7 +323,8 @@ def find_files(words):
     readers = {*map(reader_of, paths)}
     if len(readers) > 1 or None in readers:
         raise UserError(f"{' '.join(words)} must be files of one kind: .txt, .parquet, or .jsonl "
-                        "with an object per line (text also as .gz, .bz2, .xz)")
+                        "with an object per line (text also as .gz, .bz2, .xz); of weights, name "
+                        "their folder with config.json, or nanoGPT's ckpt.pt")
     return paths
 
 
@@ -353,7 +356,8 @@ def columns_of(path):
         return ""
     with open_file(path, "rb") as file:
         row = json.loads(next(filter(bytes.strip, file), b"0"))
-    return f"; its first line has {', '.join(row)}" if isinstance(row, dict) else ""
+    what = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}, no object"
+    return f"; its first line has {what}"
 
 
 def split_source(source, s, paths=(), enough=sys.maxsize):
@@ -741,7 +745,8 @@ def name_of(words):
     if on_hub := HUB_NAME.fullmatch(word):
         name = Path(on_hub[1]).stem
     elif len(words) > 1 or glob.has_magic(word) and not os.path.exists(word):
-        name = Path(word).parent.name or "texts"
+        folders = [part for part in Path(word).parent.parts if not glob.has_magic(part)]
+        name = Path(*folders).name or "texts"
     name = re.sub(r"[^\w.-]", "_", name)
     if name in OURS and word != name:
         name += "_text"
@@ -1170,7 +1175,7 @@ def download_model(name):
 def load_tensors(path):
     """{name: tensor} of a file of weights."""
     if path.suffix != ".safetensors":
-        return torch.load(path, "cpu", weights_only=True)
+        return load_plain(path)
     with one_line(f"{path} cannot be read", ": pip install safetensors"):
         from safetensors.torch import load_file
     return load_file(path)
@@ -1283,7 +1288,7 @@ def convert_weights(name, out_dir=""):
         if path.exists():
             there = source
             with contextlib.suppress(Exception):  # a file that cannot be read says nothing
-                there = torch.load(path, "cpu", weights_only=True, mmap=True).get("source")
+                there = load_plain(path, mmap=True).get("source")
             if there != source:
                 raise UserError(f"{path} holds another model ({there}){CHOOSE}")
             print(f"{path} is there already")

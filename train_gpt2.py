@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -869,6 +870,7 @@ class Place:
     checkpoint: Path | None = None  # to resume from
     progress: dict | None = None  # what it says of the run
     step: int = 0  # to go on from
+    remark: str = ""  # why it is a new run
 
 
 def choose_folder(s, command, process):
@@ -894,7 +896,7 @@ def choose_folder(s, command, process):
     process.at_end.callback(lock_folder(folder).release)
     place = Place(folder, asdict(s), command, other_run(s, base, folder))
     if not resumed:
-        print(f"a new run in {folder}{remark}")
+        place.remark = f"a new run in {folder}{remark}"
         return place
     place.checkpoint = folder / "ckpt.pt"
     found = read_checkpoint(place.checkpoint)  # now no other run can change it
@@ -1570,6 +1572,16 @@ def not_valid(path, reason):
     return UserError(f"{path} is not a valid checkpoint ({reason}){way_out(path)}")
 
 
+def load_plain(path, **options):
+    """The tensors and plain data that torch.save wrote. Nothing in the file is executed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError:  # torch says how to execute it all the same
+        raise ValueError("damaged, or more than tensors and plain data") from None
+
+
 def read_checkpoint(path):
     """The dict in a checkpoint, its tensors still in the file. Only plain data is unpickled.
     Raises UserError for a file that is none."""
@@ -1580,9 +1592,7 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = load_plain(path, mmap=True)
         if "model_args" in found:
             raise ValueError("nanoGPT wrote it: convert it with prepare_data.py")
         config = GPTConfig(**found["config"])
@@ -2234,6 +2244,8 @@ def main(argv=None):
         source = place.checkpoint or s.init_from
         if source:
             adopt_shape(s, given, source)
+        if place.remark:
+            process.say(place.remark)
         return train(s, place, process)
     except UserError as error:
         if process.world_size == 1:

@@ -298,6 +298,7 @@ MISTAKES = """\
 ~nobody/a.txt | no such file
 a.csv | of one kind
 z.zst | of one kind
+model.safetensors | of weights, name their folder
 empty.jsonl | 0 documents
 short.txt | too short
 tales.parquet | 'text' is missing
@@ -312,6 +313,7 @@ latin.txt | 0xf6 at byte 7
 --out_dir=full | something else
 hellaswag --out_dir=mine | leave out
 other.jsonl | its first line has n, story
+array.jsonl | its first line has a list
 distilgpt2 | model:OWNER/NAME (a GPT-2 there)"""
 
 
@@ -324,7 +326,7 @@ def faulty(tmp_path, monkeypatch):
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
     files = {
         "tales.parquet": rows, "cut.parquet": rows[:-100], "z.zst": b"", "empty.jsonl": b"",
-        "short.txt": b"ab",
+        "short.txt": b"ab", "model.safetensors": b"{}", "array.jsonl": b"[1, 2]",
         "twice.parquet": parquet_of(["text", "text"], a=texts, b=texts),
         "odd.parquet": parquet_of(text=odd.view("string")), "all.txt": every.encode(),
         "other.jsonl": lines_of([{"n": 1, "story": "a tale"}]),

@@ -29,6 +29,10 @@ LONG = "x" * 5000
 TRAIN = {
     "--max_iters=5": "did you mean --max_steps",
     "--lerning_rate=1": "--learning_rate",
+    "--lr=1": "did you mean --learning_rate",
+    "-f kernel.json": "in a notebook, call main([])",
+    "--batch_size=none": "--batch_size: expected int",
+    "--max_steps=none": "--max_steps: expected int",
     "--max_steps": "expected one argument",
     "hello": "'hello' is not a setting",
     "--preset=gpt3": "no preset 'gpt3' ... gpt2",
@@ -64,6 +68,7 @@ PREPARE = {
 SAMPLE = {
     "--device=abacus": "no device",
     "--sed=1": "did you mean --seed",
+    "--temperature=none": "--temperature: expected float",
     "w\udce4s": "not UTF-8",
     "--checkpoint=nowhere.pt": "no checkpoint",
     "--checkpoint=.": "name a run's best.pt",
@@ -293,10 +298,20 @@ def test_a_pickle_is_not_run(kind, trained, capsys):
 # ---- The rest ----
 
 
+def test_a_whole_number_may_have_an_exponent():
+    s, _ = train_gpt2.parse_settings(train_gpt2.Settings, ["--max_steps=1e3"])
+    assert s.max_steps == 1000
+
+
 def test_gpt2_vocabulary_out_of_reach(trained, monkeypatch, capsys):
+    """No checkpoint is blamed for it."""
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)  # no network
     harmless(prepare_data, ["tales.txt", "--tokenizer=gpt2"],
              "TIKTOKEN_CACHE_DIR ... --tokenizer=bpe", capsys)
+    change_checkpoint("tokenizer", {"kind": "gpt2"})
+    line = fails(sample.main, [f"--checkpoint={CKPT}"], capsys)
+    assert "TIKTOKEN_CACHE_DIR" in line
+    assert "valid" not in line
 
 
 def test_a_loss_that_is_not_finite(trained, capsys, monkeypatch):

@@ -65,6 +65,8 @@ def test_several_files(tmp_path, monkeypatch, capsys):
     assert "--data_dir=my data" in shlex.split(command)
     train, val, _ = prepare("~/[ab]*.txt", "my data")
     assert train + val == TEXTS[:3]
+    assert prepare_data.name_of(["notes/**/*.txt"]) == "notes"
+    assert prepare_data.name_of(["*.txt"]) == "texts"
 
 
 ODD = {"a byte-order mark": "\ufeffOnce. " * 50, "CRLF": "a line\r\nand another\r\n\r\n" * 50,

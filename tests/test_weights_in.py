@@ -127,6 +127,8 @@ def test_a_checkpoint_of_nanogpt(bias, tmp_path, monkeypatch, capsys):
     state |= {f"_orig_mod.{WTE}": padded, f"_orig_mod.{HEAD}": padded}
     shape = SMALL | dict(vocab_size=50304, block_size=24, bias=bias, dropout=0.0)
     torch.save({"model": state, "model_args": shape, "iter_num": 5}, "ckpt.pt")
+    with pytest.raises(UserError, match="nanoGPT wrote it"):
+        read_checkpoint("ckpt.pt")
     assert prepare_data.main(["ckpt.pt"]) == 0
     output = capsys.readouterr().out
     assert "47 rows behind the tokenizer's last id are cut off" in output
@@ -139,7 +141,8 @@ def test_a_checkpoint_of_nanogpt(bias, tmp_path, monkeypatch, capsys):
 
 def test_other_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for value, message in (({"model": {}}, "no checkpoint of nanoGPT's"), (Bomb(), "ckpt.pt")):
+    refused = {"no checkpoint of nanoGPT's": {"model": {}}, "more than tensors": Bomb()}
+    for message, value in refused.items():
         torch.save(value, "ckpt.pt")
         assert message in fails(prepare_data.main, ["ckpt.pt"], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
