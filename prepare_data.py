@@ -56,6 +56,7 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     GPTConfig,
     Tokenizer,
     UserError,
+    WithoutInit,
     check_ranges,
     check_shape,
     converted_path,
@@ -1130,7 +1131,7 @@ def shape_of(config):
     config = GPTConfig(**config)
     check_ranges(config, vocab_size=(1, 2**24))
     check_shape(config)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         return GPT(config)
 
 

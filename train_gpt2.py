@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # ======== PART 1: THE LESSON ========
@@ -1632,13 +1633,23 @@ def fitting_weights(model, found, path, lenient):
     return fitting
 
 
+class WithoutInit(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing. On the device "meta" there are no numbers to draw, and
+    torch would take a second to import what pretends to."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
 def load_model(path, device="cpu", lenient=False, **changes):
     """The model in a checkpoint, parts of its config changed, ready to generate text. Where it is
     lenient, weights that do not fit an edited model start anew."""
     found = read_checkpoint(path)
     lenient = lenient and bool(other_code(found))
     config = GPTConfig(**found["config"] | changes)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         weights = fitting_weights(GPT(config), found, path, lenient)
     model = GPT(config)
     model.new_weights = model.load_state_dict(weights, strict=False).missing_keys
