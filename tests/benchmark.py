@@ -10,6 +10,7 @@ data/shakespeare, and for nanoGPT where its data/shakespeare_char/prepare.py put
 """
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -178,7 +179,7 @@ def preparing(process, kind):
             texts = path.read_text(encoding="utf-8").split("\n\n")
         batches = [texts[i:i + 200] for i in range(0, len(texts), 200)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return sum(pool.map(encode_all, batches), [])
+            return [*itertools.chain.from_iterable(pool.map(encode_all, batches))]
 
     def prepared():
         with contextlib.redirect_stdout(None):
