@@ -40,6 +40,7 @@ TURNS = 3  # of us and a peer; medians are printed
 @dataclass
 class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # of our training
     only: str = ""  # measure only the rows with this in their name
     nanogpt: str = ""  # a checkout of nanoGPT
     tokenizers: str = ""  # a text file: compare the tokenizers that learn from it, nothing else
@@ -85,12 +86,13 @@ def ours(process, rows, **shape):
 
 
 def nanogpt(folder, device, rows, **shape):
-    """With its train.py's defaults: no biases, 50,304 tokens, and float32 on a CPU."""
+    """With the biases that GPT-2 has and its train.py leaves out by default, 50,304 tokens, and
+    float32 on a CPU, as train.py has it."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig
     dtype = "float32" if device.type == "cpu" else "auto"
     process = train_gpt2.Process(train_gpt2.Settings(device=str(device), dtype=dtype))
-    shape = dict(vocab_size=50304, bias=False, dropout=0.0) | shape
+    shape = dict(vocab_size=50304, bias=True, dropout=0.0) | shape
     model = GPT(GPTConfig(**shape)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     return training(process, model, optimizer, rows, shape["block_size"])
@@ -277,7 +279,7 @@ def main(argv=None):
         compare_tokenizers(s.tokenizers)
         return 0
     train_gpt2.keep_memory()
-    process = train_gpt2.Process(train_gpt2.Settings(device=s.device))
+    process = train_gpt2.Process(train_gpt2.Settings(device=s.device, dtype=s.dtype))
     print(f"{process.device} in {process.dtype}, {torch.get_num_threads()} threads; "
           f"torch {torch.__version__}; nan: the peer is not at hand")
     print("| measured | this | peer | ratio |\n| --- | --- | --- | --- |")
