@@ -1191,7 +1191,8 @@ def write_report(run, lines):
     panels = [panel(0, f"{html.escape(folder.name)}: loss, in nats per token", curves, levels)]
     if has_floor:
         skills = {skill: points(lines, f"above_floor_{skill}") for skill in SKILLS}
-        panels.append(panel(340, "nats per token above the floor, by skill", skills, {}))
+        title = "nats per token above the floor, by skill (0.001 and less: at the bottom)"
+        panels.append(panel(340, title, skills, {}))
     shapes = "".join(panels)
     write_text(folder / "loss.svg", f"""<svg xmlns="http://www.w3.org/2000/svg"
 viewBox="0 0 720 {340 * len(panels)}">{STYLE}{shapes}</svg>
