@@ -1,21 +1,18 @@
 """How fast is this machine? Prints a table and asserts nothing.
 
-    python tests/benchmark.py                       # some 20 minutes on 2 cores
+    python tests/benchmark.py                       # some 10 minutes on 2 cores
     python tests/benchmark.py --only=sampling       # the rows with this in their name
     python tests/benchmark.py --nanogpt=FOLDER      # beside a checkout of nanoGPT
     python tests/benchmark.py --tokenizers=FILE.txt  # our BPE beside those of other libraries
 
-Each row is measured in turns with a peer, if it is installed. Needs TinyShakespeare in
-data/shakespeare, and for nanoGPT where its data/shakespeare_char/prepare.py puts it.
+Each row is measured in turns with a peer, if it is installed.
 """
 import contextlib
 import importlib.util
 import itertools
 import math
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -105,41 +102,6 @@ def training_both(s, process, rows, **shape):
     return ours(process, rows, **shape), peer
 
 
-def script(*argv, folder="."):
-    """Seconds that a script takes, in a process of its own."""
-    def run():
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *argv], cwd=folder, check=True, capture_output=True)
-        return time.perf_counter() - began
-    return run
-
-
-def beside_a_busy_core(function):
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        try:
-            return function()
-        finally:
-            busy.kill()
-
-
-def nanogpt_recipe(folder, out):
-    """The command that nanoGPT's README gives for a CPU."""
-    readme = Path(folder, "README.md").read_text(encoding="utf-8")
-    words = re.search(r"^python (train.py .*--device=cpu.*)$", readme, re.M)[1].split()
-    return script(*words, f"--out_dir={out}", folder=folder)
-
-
-def whole_runs(s, process):
-    """Seconds of the default run, alone and beside a busy core, and of shakespeare_cpu."""
-    out = tempfile.mkdtemp()
-    argv = [ROOT / "train_gpt2.py", f"--device={process.device}", "--overwrite"]
-    default = script(*argv, f"--out_dir={out}/stories")
-    plays, peer = script(*argv, f"--out_dir={out}/plays", "--preset=shakespeare_cpu"), not_at_hand
-    if s.nanogpt:
-        peer = nanogpt_recipe(s.nanogpt, f"{out}/nanogpt")
-    return (default, partial(beside_a_busy_core, default)), (plays, peer)
-
-
 # ---- Sampling and preparation ----
 
 
@@ -196,15 +158,12 @@ def preparing(process, kind):
 
 def table(s, process):
     """{name: a function that makes a measurement of us and one of a peer}"""
-    default, plays = whole_runs(s, process)
     rows, T = (32, 1024) if process.device.type == "cuda" else (4, 256)
     gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=T)
     char = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
     found = {
-        "default run, seconds; beside a busy core": lambda: default,
         f"training GPT-2 124M, {rows} x {T}, tokens/s; nanoGPT": partial(
             training_both, s, process, rows, **gpt2),
-        "shakespeare_cpu, seconds; nanoGPT": lambda: plays,
         "shakespeare_char, 64 x 256, tokens/s; nanoGPT": partial(
             training_both, s, process, 64, **char),
         "preparation of a .txt, tokens/s; tiktoken alone": partial(preparing, process, "txt"),
