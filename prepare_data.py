@@ -240,9 +240,17 @@ def read_parquet(path, column):
     # A megabyte at a time: by itself the library reads a gigabyte ahead
     with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         check_column(file.schema_arrow, column)
+        before = 0
         for table in file.iter_batches(ROWS, columns=[column]):
-            for text in texts_of(table.column(0)):
+            found = bytes_in(table.column(0))
+            try:
+                texts = [data.decode("utf-8") for data in found]
+            except UnicodeDecodeError as error:
+                row = before + found.index(error.object) + 1
+                raise UserError(f"{path}, row {row:,} is not UTF-8 text") from None
+            for text in texts:
                 yield text, True
+            before += len(texts)
 
 
 def read_hub(name, config, column, split, where):
@@ -255,9 +263,9 @@ def read_hub(name, config, column, split, where):
             rows.load_state_dict(state)
         for table in rows.iter(ROWS):
             check_column(table.schema, column)
-            for row, text in enumerate(texts_of(table[column])):
+            for row, data in enumerate(bytes_in(table[column])):
                 if row >= first:
-                    yield (state, row), (text, True)
+                    yield (state, row), (data.decode("utf-8"), True)
             # Only now: before that, the library does not return the state that it was given
             state, first = rows.state_dict(), 0
 
@@ -269,12 +277,9 @@ def check_column(schema, column):
                         f"--text_column, from {', '.join(schema.names)}")
 
 
-def texts_of(column):
-    """The texts in a column of a table, "" where there is none."""
-    for text in column.to_pylist():
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        yield text or ""
+def bytes_in(column):
+    """The texts in a column, whatever Arrow calls its type; b"" where there is none."""
+    return column.cast("large_binary").fill_null(b"").to_pylist()
 
 
 # ---- Which source: the stories, files or the hub ----

@@ -304,7 +304,7 @@ short.txt | too short
 tales.parquet | 'text' is missing
 tales.parquet --text_column=n | is int64: choose one column of text
 twice.parquet | is string and string: choose one
-odd.parquet | can't decode byte 0xff
+odd.parquet | row 2 is not UTF-8
 lists.jsonl --text_column=story | 0 documents with --text_column=story
 all.txt --tokenizer=char | distinct characters
 cut.parquet | cannot read
