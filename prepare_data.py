@@ -182,8 +182,8 @@ def open_file(path, mode, **how):
     return library.open(path, mode, **how)
 
 
-# A line of it, whether lines end with \n, \r\n or \r
-MARK = re.compile(rf"(?:\A|(?<=[\r\n])){re.escape(END_OF_TEXT)}(?:\r\n|\r|\n|\Z)")
+# A line of it, whether lines end with \n, \r\n or \r, or a byte-order mark begins the first
+MARK = re.compile(rf"(?:\A\ufeff?|(?<=[\r\n])){re.escape(END_OF_TEXT)}(?:\r\n|\r|\n|\Z)")
 
 
 def read_text(path, column):
@@ -320,7 +320,9 @@ def find_files(words):
             paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            what = "a folder or device" if os.path.exists(path) else "no such file"
+            what = "a folder or device, no file" if os.path.exists(path) else "no such file"
+            if os.path.isdir(path):
+                what = f"a folder: its files are {os.path.join(path, '*.txt')}"
             for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
                 what = f"no such file, did you mean {near}"
             raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME (a "
@@ -362,8 +364,10 @@ def columns_of(path):
         return ""
     with open_file(path, "rb") as file:
         row = json.loads(next(filter(bytes.strip, file), b"0"))
-    what = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}, no object"
-    return f"; its first line has {what}"
+    if not isinstance(row, dict):
+        return f"; its first line is no object: {type(row).__name__}"
+    kinds = [f"{name} ({type(value).__name__})" for name, value in row.items()]
+    return f"; its first line has {', '.join(kinds)}"
 
 
 def split_source(source, s, paths=(), enough=sys.maxsize):
@@ -1296,7 +1300,7 @@ def convert_weights(name, out_dir=""):
             with contextlib.suppress(Exception):  # a file that cannot be read says nothing
                 there = load_plain(path, mmap=True).get("source")
             if there != source:
-                raise UserError(f"{path} holds another model ({there}){CHOOSE}")
+                raise UserError(f"{path} holds another model ({there or 'trained here'}){CHOOSE}")
             print(f"{path} is there already")
             return path
         if source == name:

@@ -30,6 +30,7 @@ from train_gpt2 import (  # before torch: it sets how threads wait
     END_OF_TEXT,
     UserError,
     check_ranges,
+    check_sampling,
     encode_prompt,
     is_out_of_memory,
     keep_memory,
@@ -391,8 +392,8 @@ def export(model, folder):
 
 def check_settings(s):
     """Raise UserError for values out of range, and for settings that exclude each other."""
-    check_ranges(s, num_samples=(1, 10_000), max_new_tokens=(1, 10**9), temperature=(0, 1e6),
-                 top_k=(1, 2**24), top_p=(1e-6, 1), seed=(0, 2**63 - 1))
+    check_sampling(s.temperature, s.top_k, s.top_p)
+    check_ranges(s, num_samples=(1, 10_000), max_new_tokens=(1, 10**9), seed=(0, 2**63 - 1))
     if s.explain and s.num_samples > 1:
         raise UserError("explain shows one text: leave out num_samples")
     if s.interactive and s.prompt:
@@ -427,8 +428,9 @@ def read_prompt(prompt):
             source = "stdin"
             return sys.stdin.read()
         if prompt.startswith("@"):
-            source = prompt[1:] or "a file without a name"
-            return Path(os.path.expanduser(prompt[1:])).read_text(encoding="utf-8-sig")
+            source = f"{prompt[1:]} (@ names a file)"
+            # Bytes, since a text file would lose its \r
+            return Path(os.path.expanduser(prompt[1:])).read_bytes().decode("utf-8-sig")
         # What this locale could not decode may be UTF-8
         return prompt.encode(errors="surrogateescape").decode()
     except OSError as error:

@@ -10,6 +10,7 @@ Part 1 is the lesson, Part 2 the machinery. The comments cite GPT (Radford et al
 """
 import argparse
 import ast
+import copy
 import csv
 import ctypes
 import difflib
@@ -437,6 +438,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     and the scores that it was drawn from, (B, V) float32. idx is (B, T) int64, of which the last
     block_size are read. When the context is full, the cache is emptied, and the newer half of the
     tokens is read again from position 0."""
+    check_sampling(temperature, top_k, top_p)
     block_size = model.config.block_size
     generator = torch.Generator(idx.device)
     if seed is None:
@@ -625,6 +627,7 @@ FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes co
     log_every""".split() + BATCH_SETTINGS
 # Settings that make losses at the same step incomparable, or as different as two seeds are
 UNFAIR = "max_steps warmup_steps min_lr seed data_dir block_size".split() + BATCH_SETTINGS
+SHAPE = "n_layer n_head n_embd pos_encoding activation tie_weights".split()
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
@@ -679,7 +682,7 @@ class Run:
                 file.truncate(min(size, file.tell()))
         if self.start == 0:
             self.append("log.csv", ",".join(LOG_COLUMNS) + "\n")
-            write_text(self.folder / "train_gpt2.py", CODE)
+        write_text(self.folder / "train_gpt2.py", CODE)
 
     def announce(self):
         s, process = self.s, self.process
@@ -713,9 +716,11 @@ class Run:
     def measure_and_save(self, step):
         """The validation loss, a text and a checkpoint, each where it is due."""
         s, is_last = self.s, step == self.s.max_steps
-        if is_last or step % s.eval_every == 0:
+        # In a run that goes on after its end, the log has no line of that step yet
+        was_last = self.place.was_done and step == self.start
+        if is_last or was_last or step % s.eval_every == 0:
             self.validate(step)
-        if is_last or (step > 0 and step % s.sample_every == 0):
+        if is_last or was_last or (step > 0 and step % s.sample_every == 0):
             self.show_sample(step)
         if is_last or (step > self.start and step % s.checkpoint_every == 0):
             self.save(step)
@@ -773,7 +778,8 @@ class Run:
         if self.process.is_master:
             more["progress"] = {
                 "tokens": self.tokens, "sizes": self.sizes, "seconds": self.seconds(),
-                "dtype": self.process.dtype_name(), "threads": self.process.threads}
+                "dtype": self.process.dtype_name(), "threads": self.process.threads,
+                "baselines": self.data.meta.get("landmarks")}  # other data, other baselines
             settings = self.place.settings
             content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
@@ -871,6 +877,7 @@ class Place:
     checkpoint: Path | None = None  # to resume from
     progress: dict | None = None  # what it says of the run
     step: int = 0  # to go on from
+    was_done: bool = False  # that step was its last
     remark: str = ""  # why it is a new run
 
 
@@ -882,11 +889,15 @@ def choose_folder(s, command, process):
     if s.overwrite and s.init_from and weights_path(s.init_from).resolve().parent == base.resolve():
         raise UserError(f"--overwrite would delete {s.init_from}: choose another --out_dir")
     folder, number, remark, resumed = base, 1, "", None
+    runs = []  # that took steps
     while not s.overwrite and is_taken(folder):
         why = "holds other files"
         if (folder / "ckpt.pt").exists():
-            why = difference(read_checkpoint(folder / "ckpt.pt"), s)
-            if s.resume == "always" or not why:
+            found = read_checkpoint(folder / "ckpt.pt")
+            if found["step"] > 0:
+                runs.append(folder)
+            why = difference(found, s)
+            if not why or (s.resume == "always" and (found["step"] > 0 or not resumed)):
                 resumed = folder
             if not why:
                 break
@@ -895,13 +906,14 @@ def choose_folder(s, command, process):
         folder = base.parent / f"{base.name or 'run'}-{number}"
     folder = resumed or folder
     process.at_end.callback(lock_folder(folder).release)
-    place = Place(folder, asdict(s), command, other_run(s, base, folder))
+    place = Place(folder, asdict(s), command, other_run(s, runs, folder))
     if not resumed:
         place.remark = f"a new run in {folder}{remark}"
         return place
     place.checkpoint = folder / "ckpt.pt"
     found = read_checkpoint(place.checkpoint)  # now no other run can change it
     place.step = found["step"]
+    place.was_done = place.step == found["settings"].get("max_steps")
     place.progress = found.get("progress", found["settings"])  # as older checkpoints have it
     go_on(s, folder, found)
     return place
@@ -921,11 +933,14 @@ def go_on(s, folder, found):
     if step == s.max_steps:
         print(f"{folder} has taken its {step:,} steps: nothing is left to do")
         return
+    for name, (there, here) in different_settings(found, asdict(s)).items():
+        if name in SHAPE:
+            raise UserError(f"{folder} has {name}={there}, not {here}: its shape cannot change")
     print(f"continuing {folder} from step {step:,} ({start_over(folder)})")
     if why:
         print(f"note: until now {folder} {why}")
     for name in other_code(found, machinery):
-        if name in ("RowIndex", "step_batches"):
+        if name in ("RowIndex", "step_batches", "evaluate"):
             print(f"note: until now {folder} has other code in {name}")
 
 
@@ -936,6 +951,8 @@ def difference(found, s):
     names = other_code(found)
     if names:
         said.insert(0, f"other code in {' and '.join(names)}")
+    if has_other_data(found, s):
+        said.insert(0, f"other data in {s.data_dir}")
     if said:
         return f"has {', '.join(said)}"
     return "is done" if found["step"] >= s.max_steps else ""
@@ -1034,8 +1051,8 @@ def model_code(code):
 
 @functools.cache
 def definitions(code):
-    """{name: syntax tree} of the functions and classes in a part of a script, without docstrings
-    and comments. Settings are compared by their values."""
+    """{name: syntax tree} of the functions, classes and constants in a part of a script, without
+    docstrings and comments. Settings are compared by their values."""
     kinds = ast.FunctionDef | ast.ClassDef
     try:
         tree = ast.parse(code)
@@ -1045,12 +1062,16 @@ def definitions(code):
         if isinstance(node, kinds) and ast.get_docstring(node):
             node.body = node.body[1:]
     found = {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
-    found.pop("Settings", None)
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.dump(node)
+    for name in ("Settings", "PRESETS", "_SHARED", "_CHARS"):
+        found.pop(name, None)
     return found
 
 
 def other_code(found, part=lesson):
-    """The functions and classes that differ between a checkpoint's script and this one, in a part
+    """The names whose definitions differ between a checkpoint's script and this one, in a part
     of both. Older checkpoints have a hash in its place, converted ones nothing: both count as the
     same."""
     code = found.get("code")
@@ -1070,12 +1091,11 @@ def unreadable(folder):
     return ""
 
 
-def other_run(s, base, folder):
-    """The folder to compare a run with: --compare, the first run of its name, or out/<preset>."""
-    other = base
-    if s.compare:
-        other = Path(s.compare)
-    elif folder == base:
+def other_run(s, runs, folder):
+    """The folder to compare a run with: --compare, the first of the runs of its name, or
+    out/<preset>."""
+    other = Path(s.compare or next(iter(runs), Path("out", s.preset)))
+    if other == folder:
         other = Path("out", s.preset)
     if other.resolve() == folder.resolve() or not (s.compare or other.exists()):
         return None
@@ -1083,8 +1103,15 @@ def other_run(s, base, folder):
     if problem:
         print(f"note: not compared with {other}: {problem}")
         return None
-    settings = read_checkpoint(other / "ckpt.pt")["settings"]
-    return other if s.compare or settings.get("data_dir") == s.data_dir else None
+    found = read_checkpoint(other / "ckpt.pt")
+    same_data = found["settings"].get("data_dir") == s.data_dir and not has_other_data(found, s)
+    return other if s.compare or same_data else None
+
+
+def has_other_data(found, s):
+    """Was a checkpoint trained on other tokens than there are now? Older ones do not say."""
+    baselines = found.get("progress", {}).get("baselines")
+    return baselines not in (None, open_data(s.data_dir).meta.get("landmarks"))
 
 
 # ---- Report and picture ----
@@ -1119,6 +1146,8 @@ def compared(run, lines):
     ours = run.place.settings | {"dtype": run.process.dtype_name()}
     differ = different_settings(found, ours)
     unfair = [name for name in differ if name in UNFAIR]
+    if has_other_data(found, run.s) and "data_dir" not in unfair:
+        unfair.append("data")
     if unfair:
         said += f"; not a fair pair: other {' and '.join(unfair)}"
     text = [f"{said}\n\n| step | val here | val in {other} | difference |",
@@ -1480,6 +1509,8 @@ def open_data(data_dir):
     """Read meta.json; shards without one are GPT-2 tokens. Raises UserError where it is damaged."""
     path = Path(data_dir) / "meta.json"
     if not os.path.exists(path):
+        if os.path.exists(path.with_name("unfinished.json")):
+            raise UserError(f"{data_dir} is not complete: repeat the command that prepares it")
         shard_paths(data_dir)  # a UserError where there are none
         return Data({}, Tokenizer({"kind": "gpt2"}))
     try:
@@ -1558,8 +1589,9 @@ def converted_path(name):
 
 
 def weights_path(name):
-    """The file that --init_from or --checkpoint names."""
-    return converted_path(name) if name in OPENAI_NAMES else Path(name)
+    """The file that --init_from or --checkpoint names; of a run's folder, its best.pt."""
+    path = converted_path(name) if name in OPENAI_NAMES else Path(name)
+    return path / "best.pt" if os.path.isfile(path / "best.pt") else path
 
 
 def way_out(path):
@@ -1587,7 +1619,9 @@ def load_plain(path, **options):
 def read_checkpoint(path):
     """The dict in a checkpoint, its tensors still in the file. Only plain data is unpickled.
     Raises UserError for a file that is none."""
-    hint = f"name a run's best.pt, or try: python prepare_data.py {shlex.quote(str(path))}"
+    hint = "name a run's best.pt"
+    if not str(path).endswith(".pt"):
+        hint += f", or try: python prepare_data.py {shlex.quote(str(path))}"
     if path in OPENAI_NAMES:
         hint = f"make it with: python prepare_data.py {path}"
     path = weights_path(path)
@@ -1597,17 +1631,35 @@ def read_checkpoint(path):
         found = load_plain(path, mmap=True)
         if "model_args" in found:
             raise ValueError("nanoGPT wrote it: convert it with prepare_data.py")
-        config = GPTConfig(**found["config"])
-        check_ranges(config, vocab_size=(1, 2**24))
-        check_shape(config)
         if found["step"] < 0 or math.isnan(found["best_val_loss"]):
             raise ValueError("its step or loss is impossible")
-        for key in ("model", "settings", "tokenizer"):
+        for key in ("model", "config", "settings", "tokenizer"):
             found[key].keys()
         return found
     except KeyError as error:
         raise not_valid(path, f"it lacks {error}") from None
     except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise not_valid(path, str(error)) from None
+
+
+def refuse_other_code(found, path):
+    """Raise UserError if the script that trained a checkpoint had another model."""
+    names = other_code(found, model_code)
+    if names:
+        raise UserError(f"{path} was trained by other code in {' and '.join(names)}: put that back "
+                        "(the run's folder has its train_gpt2.py), or name another")
+
+
+def config_in(found, path, **changes):
+    """The GPTConfig in a checkpoint, parts of it changed. Raises UserError for an impossible one,
+    and for one that only other code has."""
+    try:
+        config = GPTConfig(**found["config"] | changes)
+        check_ranges(config, vocab_size=(1, 2**24))
+        check_shape(config)
+        return config
+    except (TypeError, UserError) as error:
+        refuse_other_code(found, path)
         raise not_valid(path, str(error)) from None
 
 
@@ -1621,10 +1673,7 @@ def fitting_weights(model, found, path, lenient):
     ours, theirs = shapes(model.state_dict()), shapes(found["model"])
     wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if wrong and not lenient:
-        names = other_code(found, model_code)
-        if names:
-            raise UserError(f"{path} was trained by other code in {' and '.join(names)}: put that "
-                            "back (the run's folder has its train_gpt2.py), or name another")
+        refuse_other_code(found, path)
         raise not_valid(path, f"this model code has other weights: {', '.join(wrong)}")
     fitting = {name: found["model"][name] for name in ours if name not in wrong}
     for tensor in fitting.values():
@@ -1649,7 +1698,7 @@ def load_model(path, device="cpu", lenient=False, **changes):
     lenient, weights that do not fit an edited model start anew."""
     found = read_checkpoint(path)
     lenient = lenient and bool(other_code(found))
-    config = GPTConfig(**found["config"] | changes)
+    config = config_in(found, path, **changes)
     with torch.device("meta"), WithoutInit():
         weights = fitting_weights(GPT(config), found, path, lenient)
     model = GPT(config)
@@ -1673,16 +1722,17 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, saved):
-    """The reverse. Raises ValueError for a state of other shapes."""
+    """The reverse. Raises ValueError for a state of AdamW's that has other shapes."""
     names = {p: name for name, p in model.named_parameters()}
     learned = sum((group["params"] for group in optimizer.param_groups), [])
     states = {}
     for number, p in enumerate(learned):  # torch counts parameters, and so did older checkpoints
         state = saved.get(names[p]) or saved.get(number) or {}
-        if any(value.shape not in ((), p.shape) for value in state.values()):
+        is_adamw = isinstance(optimizer, torch.optim.AdamW)
+        if is_adamw and any(value.shape not in ((), p.shape) for value in state.values()):
             raise ValueError(f"another shape of {names[p]}")
         if state:
-            states[number] = {name: value.clone() for name, value in state.items()}
+            states[number] = copy.deepcopy(state)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
@@ -1842,6 +1892,12 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or said is not None
 
 
+def check_sampling(temperature, top_k, top_p):
+    """Raise UserError for options that no text can be drawn by."""
+    options = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_ranges(options, temperature=(0, 1e6), top_k=(1, 2**24), top_p=(1e-6, 1))
+
+
 def combined_seed(*numbers):
     """One seed that depends on all the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
@@ -1857,11 +1913,15 @@ def build_model(s, tokenizer, process):
         own = model.tokenizer or tokenizer
         if own.spec != tokenizer.spec or model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
+        if model.code_difference and not s.eval_only and s.resume == "auto":
+            process.say(f"note: {s.init_from} was trained by other code in "
+                        f"{' and '.join(model.code_difference)}")
         if model.new_weights:
             process.say(f"note: {len(model.new_weights)} weights of this model code do "
                         f"not fit {s.init_from} and start anew: {model.new_weights[0]}, ...")
     else:
-        names = GPTConfig.__dataclass_fields__.keys() - {"vocab_size"}
+        # A field that an edit added to GPTConfig alone has its default
+        names = GPTConfig.__dataclass_fields__.keys() & vars(s).keys()
         shape = {name: getattr(s, name) for name in names}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), s.init_std)
     model.tokenizer = tokenizer
@@ -1873,8 +1933,8 @@ def build_model(s, tokenizer, process):
 
 def adopt_shape(s, given, path):
     """The weights in a file have their own shape; only the rows may be shorter."""
-    config = GPTConfig(**read_checkpoint(path)["config"])
-    for name in ("n_layer", "n_head", "n_embd", "pos_encoding", "activation", "tie_weights"):
+    config = config_in(read_checkpoint(path), path)
+    for name in SHAPE:
         value = getattr(config, name)
         if given.get(name, value) != value:
             raise UserError(f"{path} has {name}={value}: leave that out{way_out(path)}")
@@ -1889,6 +1949,10 @@ def check_shape(c):
     """Raise UserError for a model that cannot be built; c: Settings, or a GPTConfig."""
     check_ranges(c, block_size=(1, 2**24), n_layer=(1, 1024), n_head=(1, 2**16), n_embd=(1, 2**16),
                  dropout=(0, 0.9999999))
+    for name, kind in typing.get_type_hints(Settings).items():
+        value, among = getattr(c, name, None), typing.get_args(kind)
+        if typing.get_origin(kind) is Literal and hasattr(c, name) and value not in among:
+            raise UserError(f"{name} is {value!r}, none of {', '.join(map(str, among))}")
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd {c.n_embd} is not a multiple of n_head {c.n_head}")
     if c.pos_encoding == "sinusoidal" and c.n_embd % 2:
@@ -2210,6 +2274,8 @@ def check_settings(s):
             check_ranges(s, **{name: (0, 2**53)})
         elif kind in (int, int | None):
             check_ranges(s, **{name: (1, 2**53)})
+        if kind in (int, int | None) and not isinstance(getattr(s, name), kind):
+            raise UserError(f"{name} is {getattr(s, name)!r}: it must be a whole number")
     below_1 = (0, 0.9999999)
     check_ranges(s, min_lr=(0, s.learning_rate), init_std=(1e-9, 1e9), beta1=below_1, beta2=below_1)
     check_shape(s)

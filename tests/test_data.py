@@ -294,7 +294,7 @@ def test_shakespeare(tmp_path, monkeypatch):
 # ---- Mistakes ----
 
 MISTAKES = """\
-. | a folder
+. | a folder: its files are ./*.txt
 ~nobody/a.txt | no such file
 a.csv | of one kind
 z.zst | of one kind
@@ -312,8 +312,8 @@ cut.txt.gz | cannot read
 latin.txt | 0xf6 at byte 7
 --out_dir=full | something else
 hellaswag --out_dir=mine | leave out
-other.jsonl | its first line has n, story
-array.jsonl | its first line has a list
+other.jsonl | its first line has n (int), story (str)
+array.jsonl | its first line is no object: list
 distilgpt2 | model:OWNER/NAME (a GPT-2 there)"""
 
 

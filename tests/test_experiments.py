@@ -4,11 +4,13 @@ import itertools
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
-from conftest import fails, log_of, stopped
+from conftest import RUN, fails, log_of, stopped
 from test_training import same_bytes
 
+import prepare_data
 import train_gpt2
 from train_gpt2 import read_checkpoint
 
@@ -28,8 +30,15 @@ COMMENT = ("  # (B, T, C) -> (B, T, 4C)", "")
 DOCSTRING = ("Multi-layer", "Many-layered")
 ROW_INDEX = ("epoch, row = divmod(row, self.rows_per_epoch)",
              "epoch, row = divmod(int(row), self.rows_per_epoch)")
+SLOPE = ('attention: str = "flash"\n', 'attention: str = "flash"\n    slope: float = 0.1\n')
+SWISH = ('"gelu_exact": nn.GELU()', '"gelu_exact": nn.GELU(), "swish": nn.SiLU()')
+SWISH_TOO = ('"gelu_exact"] = "gelu"', '"gelu_exact", "swish"] = "swish"')  # in Settings
+ADAFACTOR = ("optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=1e-8,",
+             "optim.Adafactor(groups, lr=s.learning_rate)")
+ADAFACTOR_TOO = ('fused=device.type in ("cuda", "cpu"))', "")
 EDITS = {  # the name that has to be said: (what is replaced, by what)
     "MLP": SILU,
+    "FACTOR": ("class MLP(", "FACTOR = 4\n\n\nclass MLP("),
     "GPT": NO_POSITIONS,
     "causal_attention": ("scores + mask", "scores * 1.1 + mask"),
     "Block": ("x = x + self.attn(", "x = x + 0.9 * self.attn("),
@@ -78,15 +87,42 @@ def test_a_parameter_without_a_gradient_has_no_state(scripts, small_run, tmp_pat
     assert "transformer.wpe.weight" not in saved["optimizer"]["state"]
 
 
+def test_another_optimizer_resumes(scripts, small_run, tmp_path):
+    """Its state has other shapes than AdamW's."""
+    edited, _ = scripts(ADAFACTOR, ADAFACTOR_TOO)
+    edited.main([*small_run, f"--out_dir={tmp_path / 'whole'}"])
+    stopped(14, small_run, edited)
+    assert edited.main(small_run) == 0
+    same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, edits", [("GPTConfig", [SLOPE]), ("MLP", [SWISH, SWISH_TOO])])
+def test_an_edit_of_the_config_is_taken_back(name, edits, scripts, small_run, tmp_path, capsys):
+    """Its checkpoint is no damaged one: it is of other code."""
+    edited, _ = scripts(*edits)
+    edited.main(small_run)
+    plain, sample = scripts()
+    assert plain.main(small_run) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"a new run in \S+-2 \(\S+ has other code in {name}", output)
+    assert "run had" in output  # the two are compared
+    line = fails(sample.main, [f"--checkpoint={tmp_path / 'run'}"], capsys)
+    assert f"trained by other code in {name}: put that back" in line
+
+
 def test_a_finished_run_is_continued(small_run, tmp_path, capsys):
-    """With the learning rates of the new schedule, and every step once."""
+    """With the learning rates of the new schedule, and every step once. What was measured at the
+    end, where nothing else was due, stays in the log."""
+    small_run.append("--eval_every=20")
     train_gpt2.main(small_run)
+    end = log_of(tmp_path / "run")[-1]
     longer = [*small_run, "--max_steps=45", "--resume=always"]
     assert train_gpt2.main(longer) == 0
     output = capsys.readouterr().out
     assert f"note: until now {tmp_path / 'run'} has max_steps=30" in output
     lines = log_of(tmp_path / "run")
     assert [int(line["step"]) for line in lines] == list(range(46))
+    assert lines[30]["val_loss"] == end["val_loss"]
     s = train_gpt2.Settings(max_steps=45, warmup_steps=5)
     for line in lines[30:45]:
         assert float(line["lr"]) == train_gpt2.get_lr(int(line["step"]), s)
@@ -96,6 +132,31 @@ def test_a_finished_run_is_continued(small_run, tmp_path, capsys):
     assert "nothing is left to do" in capsys.readouterr().out
     for more, message in (("--max_steps=40", "has taken 45 steps"), ("--overwrite", "leave one")):
         assert message in fails(train_gpt2.main, [*longer, more], capsys)
+
+
+def test_a_run_is_continued_by_other_code(scripts, begun, tmp_path, capsys):
+    """Its folder keeps the script that went on. A run that took no step is passed over, and a shape
+    cannot change."""
+    failing, _ = scripts(("lr = get_lr(step, s)", "lr = 1 / 0"))
+    with pytest.raises(ZeroDivisionError):
+        failing.main(begun)
+    edited, _ = scripts(SILU)
+    always = [*begun, "--resume=always"]
+    assert "has n_layer=2, not 3" in fails(edited.main, [*always, "--n_layer=3"], capsys)
+    assert edited.main(always) == 0
+    assert f"continuing {tmp_path / 'run'} from step 15" in capsys.readouterr().out
+    assert "nn.SiLU()" in (tmp_path / "run" / "train_gpt2.py").read_text(encoding="utf-8")
+
+
+def test_other_data_begins_a_new_run(trained, capsys):
+    """Under the same name; the run on the old data is not compared with it."""
+    shutil.rmtree("data/tales")
+    Path("tales.txt").write_text("Another tale of a queen and 9 mice.\n" * 80)
+    prepare_data.main(["tales.txt", "--vocab_size=280", "--out_dir=data/tales"])
+    assert train_gpt2.main(RUN) == 0
+    output = capsys.readouterr().out
+    assert "a new run in out/run-2 (out/run has other data in data/tales" in output
+    assert "out/run had" not in output
 
 
 def test_an_optimizer_that_does_not_fit_starts_anew(scripts, small_run, capsys):

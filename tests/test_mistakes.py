@@ -76,7 +76,7 @@ hello there | put it in quotes
 axe --checkpoint=out/abc/best.pt | lacks 'ex'
 @nowhere.txt | the prompt from nowhere.txt
 @out | cannot read
-@ | a file without a name
+@ | (@ names a file)
 @binary | not UTF-8
 --explain --num_samples=2 | one text
 --interactive hello | the prompt
@@ -163,6 +163,7 @@ def cut_off_a_token(path):
     ("holds token 9000", VAL_SHARD, prepare_data.write_shard, [[279] + [9000] * 100]),
     ("too few", TRAIN_SHARD, prepare_data.write_shard, [[279]]),
     ("too few", VAL_SHARD, prepare_data.write_shard, [[279]]),
+    ("is not complete", META, lambda path: path.rename(path.with_name("unfinished.json")), []),
     ("meta.json", META, make_folder, []),
     ("meta.json", META, write, [b""]),
     ("meta.json", META, write, [b"{'a': 1}"]),

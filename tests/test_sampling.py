@@ -117,6 +117,9 @@ def test_options_of_generate():
     one, again, two = (model.generate(idx, 15, temperature=3.0, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, two)
+    for options in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"temperature": math.nan}):
+        with pytest.raises(train_gpt2.UserError, match="it must be from"):
+            model.generate(idx, 1, **options)
 
 
 # ---- What is shown ----
@@ -216,14 +219,15 @@ def test_a_prompt_from_anywhere(write, monkeypatch):
     for home in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(home, str(Path.cwd()))
     options = ["--max_new_tokens=12", "--seed=3"]
-    text = write("~/ wäs", *options)
+    text = write("~/ wäs\r\n", *options)
     assert text.startswith("~/ wäs")
-    assert text == write("~/ w\udcc3\udca4s", *options)  # as Python passes it where LC_ALL=C
-    for data in ("~/ wäs".encode(), "~/ wäs".encode("utf-8-sig")):
+    assert text == write("~/ w\udcc3\udca4s\r\n", *options)  # as Python passes it where LC_ALL=C
+    for data in ("~/ wäs\r\n".encode(), "~/ wäs\r\n".encode("utf-8-sig")):
         Path("prompt.txt").write_bytes(data)
         assert text == write("--prompt=@prompt.txt", *options)
         assert text == write("--prompt=@~/prompt.txt", *options)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+        stdin = io.TextIOWrapper(io.BytesIO(data), encoding="latin-1", newline="\n")
+        monkeypatch.setattr("sys.stdin", stdin)
         assert text == write("--prompt=-", *options)
 
 

@@ -46,7 +46,7 @@ def test_marks_of_an_end_cut_a_text(end, tmp_path):
              "The end. "]
     mark = f"{end}<|endoftext|>{end}"
     marked = mark.join(texts) + mark + "<|endoftext|>"
-    (tmp_path / "a.txt").write_bytes(marked.encode())
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf<|endoftext|>\n" + marked.encode())
     train, val, output = prepare(tmp_path / "a.txt", tmp_path / "out")
     assert train + val == texts
     assert "lines of <|endoftext|> cut the text into 4 documents\n" in output
