@@ -894,12 +894,13 @@ def choose_folder(s, command, process):
         why = "holds other files"
         if (folder / "ckpt.pt").exists():
             found = read_checkpoint(folder / "ckpt.pt")
-            if found["step"] > 0:
+            why, has_steps = difference(found, s), found["step"] > 0
+            if has_steps:
                 runs.append(folder)
-            why = difference(found, s)
-            if not why or (s.resume == "always" and (found["step"] > 0 or not resumed)):
+            if s.resume == "always" and (has_steps or not resumed):
                 resumed = folder
             if not why:
+                resumed = folder
                 break
         remark = f" ({folder} {why})"
         number += 1
@@ -920,7 +921,7 @@ def choose_folder(s, command, process):
 
 
 def is_taken(folder):
-    """Has a run written there, or somebody else? A run that did no step has left its lock only."""
+    """Has a run written there, or somebody else? One without a checkpoint has left its lock only."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
@@ -1061,9 +1062,11 @@ def definitions(code):
     for node in ast.walk(tree):
         if isinstance(node, kinds) and ast.get_docstring(node):
             node.body = node.body[1:]
-    found = {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+    found = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign):
+        if isinstance(node, kinds):
+            found[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign):
             found[ast.unparse(node.targets[0])] = ast.dump(node)
     for name in ("Settings", "PRESETS", "_SHARED", "_CHARS"):
         found.pop(name, None)
