@@ -921,7 +921,7 @@ def choose_folder(s, command, process):
 
 
 def is_taken(folder):
-    """Has a run written there, or somebody else? One without a checkpoint has left its lock only."""
+    """Has a run written there, or somebody else? Before its first checkpoint it left a lock only."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
