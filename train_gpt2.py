@@ -31,6 +31,7 @@ import sys
 import time
 import typing
 import warnings
+import zlib
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,7 +215,7 @@ class CausalSelfAttention(nn.Module):
         assert config.n_embd % config.n_head == 0, "the heads share the C numbers evenly"
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.flash = config.attention == "flash"
+        self.flash = config.attention == "flash" and kernel_agrees(causal_attention)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -627,7 +628,8 @@ FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes co
     log_every""".split() + BATCH_SETTINGS
 # Settings that make losses at the same step incomparable, or as different as two seeds are
 UNFAIR = "max_steps warmup_steps min_lr seed data_dir block_size".split() + BATCH_SETTINGS
-SHAPE = "n_layer n_head n_embd pos_encoding activation tie_weights".split()
+# The fields of a model's shape, which its weights decide
+SHAPE = GPTConfig.__dataclass_fields__.keys() - {"vocab_size", "block_size", "dropout", "attention"}
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
@@ -779,7 +781,7 @@ class Run:
             more["progress"] = {
                 "tokens": self.tokens, "sizes": self.sizes, "seconds": self.seconds(),
                 "dtype": self.process.dtype_name(), "threads": self.process.threads,
-                "baselines": self.data.meta.get("landmarks")}  # other data, other baselines
+                "data": checksum(self.data.meta)}
             settings = self.place.settings
             content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
@@ -788,7 +790,7 @@ class Run:
         """Count a step; every log_every steps, log it. Only then does the CPU wait for a GPU."""
         s = self.s
         self.tokens += targets
-        self.latest = (step, loss_sum, lr, grad_norm)
+        self.latest = (step, loss_sum, grad_norm)
         self.progress_bar.update()
         is_due = step % s.log_every == 0
         if not (is_due or step == s.max_steps - 1 or self.measured):
@@ -815,12 +817,13 @@ class Run:
 
     def check_finite(self):
         """(loss, gradient norm) of the latest step. Infinite ones end the run."""
-        step, loss_sum, lr, grad_norm = self.latest
+        step, loss_sum, grad_norm = self.latest
         loss, norm = self.process.reduce(loss_sum.clone()).item(), grad_norm.item()
         # float16's scaler expects infinite gradients now and then, and skips those steps
         if not math.isfinite(loss if self.scaler.is_enabled() else loss + norm):
             raise UserError(f"step {step:,} has loss {loss:.4g}, gradient norm {norm:.4g}: lower "
-                            f"--learning_rate from {lr:.2g}; the last checkpoint is intact")
+                            f"--learning_rate from {self.s.learning_rate:.2g}; the last checkpoint "
+                            "is intact")
         return loss, norm
 
     def seconds(self):
@@ -921,7 +924,7 @@ def choose_folder(s, command, process):
 
 
 def is_taken(folder):
-    """Has a run written there, or somebody else? Before its first checkpoint it left a lock only."""
+    """Has a run written there, or somebody else? Before its first checkpoint it has a lock only."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return "ckpt.pt" in names or (".lock" not in names and len(names) > 0)
 
@@ -948,7 +951,8 @@ def go_on(s, folder, found):
 def difference(found, s):
     """What sets a checkpoint's run apart from an unfinished run of these settings, in words."""
     settings = different_settings(found, asdict(s))
-    said = [f"{name}={value}" for name, (value, _) in settings.items()]
+    said = [f"{name}={value}" if value != "" else f"no {name}"
+            for name, (value, _) in settings.items()]
     names = other_code(found)
     if names:
         said.insert(0, f"other code in {' and '.join(names)}")
@@ -1050,25 +1054,34 @@ def model_code(code):
     return found[0] if found else lesson(code)
 
 
+def name_of(node):
+    """The name that a statement at the top level defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0])
+    if isinstance(node, ast.AnnAssign | ast.AugAssign):
+        return ast.unparse(node.target)
+    return "a statement at the top level"
+
+
 @functools.cache
 def definitions(code):
     """{name: syntax tree} of the functions, classes and constants in a part of a script, without
-    docstrings and comments. Settings are compared by their values."""
-    kinds = ast.FunctionDef | ast.ClassDef
+    docstrings and comments."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {"all": code}
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and ast.get_docstring(node):
-            node.body = node.body[1:]
     found = {}
     for node in tree.body:
-        if isinstance(node, kinds):
-            found[node.name] = ast.dump(node)
-        elif isinstance(node, ast.Assign):
-            found[ast.unparse(node.targets[0])] = ast.dump(node)
-    for name in ("Settings", "PRESETS", "_SHARED", "_CHARS"):
+        for part in ast.walk(node):
+            if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+                part.body = part.body[1:]
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not is_text and not isinstance(node, ast.Import | ast.ImportFrom):
+            found[name_of(node)] = found.get(name_of(node), "") + ast.dump(node)
+    for name in ("Settings", "PRESETS", "_SHARED", "_CHARS", "_GPT2"):  # compared by value
         found.pop(name, None)
     return found
 
@@ -1112,9 +1125,14 @@ def other_run(s, runs, folder):
 
 
 def has_other_data(found, s):
-    """Was a checkpoint trained on other tokens than there are now? Older ones do not say."""
-    baselines = found.get("progress", {}).get("baselines")
-    return baselines not in (None, open_data(s.data_dir).meta.get("landmarks"))
+    """Was a checkpoint trained on other data than there is now? Older ones do not say."""
+    then = found.get("progress", {}).get("data")
+    return then not in (None, checksum(open_data(s.data_dir).meta))
+
+
+def checksum(meta):
+    """Of meta.json, which has a checksum of the text: other data, another number."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 # ---- Report and picture ----
@@ -1491,6 +1509,8 @@ def open_rows(s, data, split, seed):
 
 def how_to_prepare(data_dir):
     name = Path(data_dir).name
+    if os.path.isfile(data_dir):
+        return f"it is a file: python prepare_data.py {shlex.quote(str(data_dir))} makes a folder"
     if name == "fineweb_edu_bpe":
         name = "fineweb_edu --tokenizer=bpe --vocab_size=9157 --max_tokens=99_000_000"
     elif name not in ("stories", "shakespeare", "tinystories", "fineweb_edu"):
@@ -1615,7 +1635,7 @@ def load_plain(path, **options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except pickle.UnpicklingError:  # torch says how to execute it all the same
+    except (pickle.UnpicklingError, RuntimeError):  # torch says how to execute it all the same
         raise ValueError("damaged, or more than tensors and plain data") from None
 
 
@@ -1731,7 +1751,7 @@ def load_optimizer_state(model, optimizer, saved):
     states = {}
     for number, p in enumerate(learned):  # torch counts parameters, and so did older checkpoints
         state = saved.get(names[p]) or saved.get(number) or {}
-        is_adamw = isinstance(optimizer, torch.optim.AdamW)
+        is_adamw = type(optimizer) is torch.optim.AdamW
         if is_adamw and any(value.shape not in ((), p.shape) for value in state.values()):
             raise ValueError(f"another shape of {names[p]}")
         if state:
@@ -1753,7 +1773,8 @@ def load_training_state(path, model, optimizer, scaler, s, process):
         if not always:
             raise not_valid(path, f"its optimizer does not fit: {error!r}") from None
         process.say(f"note: the optimizer starts anew ({error})")
-    return found["step"], found["best_val_loss"]
+    # A best.pt of another model's is replaced by the first of this one's
+    return found["step"], math.inf if other_code(found, model_code) else found["best_val_loss"]
 
 
 # ---- Devices and processes ----
@@ -1909,6 +1930,20 @@ def combined_seed(*numbers):
 # ---- Building a model ----
 
 
+@functools.cache
+def kernel_agrees(attention):
+    """Does causal_attention compute the same with torch's kernel as without? An edit of its lines
+    would be in force only where the kernel is not used."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), suppress(Exception):  # which the model itself will meet again
+        q, k, v = torch.randn(3, 1, 2, 40, 8, generator=generator, device="cpu")
+        for queries in (q, q[..., -1:, :]):  # a whole text, and a token behind a cache
+            fused = attention(queries, k, v, flash=True)
+            if not torch.allclose(fused, attention(queries, k, v, flash=False), atol=1e-4):
+                return False
+    return True
+
+
 def build_model(s, tokenizer, process):
     """A new model of the settings' shape, or the one in --init_from, on the device."""
     if s.init_from:
@@ -1927,6 +1962,9 @@ def build_model(s, tokenizer, process):
         names = GPTConfig.__dataclass_fields__.keys() & vars(s).keys()
         shape = {name: getattr(s, name) for name in names}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), s.init_std)
+    if s.attention == "flash" and not kernel_agrees(causal_attention):
+        process.say("note: the lines of causal_attention differ from torch's kernel, so it is not "
+                    "used")
     model.tokenizer = tokenizer
     model.starts_documents = s.rows == "documents"
     model = model.to(process.device)
@@ -2229,6 +2267,7 @@ def add_option(group, name, kind, default, comment):
     parts, choices = typing.get_args(kind) or [kind], None
     if typing.get_origin(kind) is Literal:
         choices, convert = parts, parse_choice
+        comment += f" ({', '.join(map(str, parts))})"
     elif str in parts:
         convert = str
     else:

@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RUN, fails, log_of, stopped
+from test_sampling import check_cache
 from test_training import same_bytes
 
 import prepare_data
@@ -38,6 +40,8 @@ ADAFACTOR = ("optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), 
 ADAFACTOR_TOO = ('fused=device.type in ("cuda", "cpu"))', "")
 EDITS = {  # the name that has to be said: (what is replaced, by what)
     "MLP": SILU,
+    "RATE": ("class MLP(", "RATE: float = 0.5\n\n\nclass MLP("),
+    "a statement at the top level": ("class MLP(", "if True:\n    RATE = 1\n\n\nclass MLP("),
     "FACTOR": ("class MLP(", "FACTOR = 4\n\n\nclass MLP("),
     "GPT": NO_POSITIONS,
     "causal_attention": ("scores + mask", "scores * 1.1 + mask"),
@@ -57,6 +61,16 @@ def test_an_edit_begins_a_new_run_that_names_it(name, scripts, begun, capsys):
     assert edited.main(begun) == 0
     said = rf"a new run in \S+-2 \(\S+ has other code in {name}\)"
     assert re.search(said, capsys.readouterr().out)
+
+
+def test_an_edit_of_attention_is_in_force_everywhere(scripts, small_run, tmp_path, capsys):
+    """Where torch's kernel would be used too."""
+    edited, _ = scripts(EDITS["causal_attention"])
+    edited.main([*small_run, "--dtype=float32"])
+    assert "differ from torch's kernel, so it is not used" in capsys.readouterr().out
+    model = edited.GPT.from_checkpoint(tmp_path / "run" / "best.pt")
+    assert not model.transformer.h[0].attn.flash
+    check_cache(model, torch.arange(5)[None], 40, edited.stream_tokens)
 
 
 def test_comments_docstrings_and_part_2_resume(scripts, begun, tmp_path, capsys):
@@ -146,6 +160,7 @@ def test_a_run_is_continued_by_other_code(scripts, begun, tmp_path, capsys):
     assert edited.main(always) == 0
     assert f"continuing {tmp_path / 'run'} from step 15" in capsys.readouterr().out
     assert "nn.SiLU()" in (tmp_path / "run" / "train_gpt2.py").read_text(encoding="utf-8")
+    assert "nn.SiLU()" in read_checkpoint(tmp_path / "run" / "best.pt")["code"]
 
 
 def test_other_data_begins_a_new_run(trained, capsys):

@@ -175,27 +175,22 @@ def test_damaged_files(message, path, damage, content, trained, capsys):
     harmless(train_gpt2, [*RUN, "--eval_every=3"], message, capsys)
 
 
-OTHER_280 = [chr(i) for i in range(256)]  # as many tokens as the run's tokenizer has
-OTHER_280 += ["th" * i for i in range(1, 24)]
-
-
-@pytest.mark.parametrize("message, name, value", [
-    ("meta.json", "landmarks", [1]),
-    ("meta.json", "skills", {"wording": 0}),
-    ("meta.json", "tokenizer", None),
-    ("meta.json", "tokenizer", {"kind": "word"}),
-    ("meta.json", "tokenizer", {"kind": "bpe", "ranks": ["a", "a"]}),
-    ("meta.json", "tokenizer", {"kind": "bpe", "ranks": [1, 2]}),
-    ("meta.json", "tokenizer", {"kind": "char", "alphabet": "\ud800"}),
-    ("meta.json", "tokenizer", {"kind": "char", "alphabet": ""}),
-    ("meta.json", "tokenizer", {"kind": "sentencepiece", "model": "none"}),
-    ("different tokenizers", "tokenizer", {"kind": "bpe", "ranks": OTHER_280}),
+@pytest.mark.parametrize("name, value", [
+    ("landmarks", [1]),
+    ("skills", {"wording": 0}),
+    ("tokenizer", None),
+    ("tokenizer", {"kind": "word"}),
+    ("tokenizer", {"kind": "bpe", "ranks": ["a", "a"]}),
+    ("tokenizer", {"kind": "bpe", "ranks": [1, 2]}),
+    ("tokenizer", {"kind": "char", "alphabet": "\ud800"}),
+    ("tokenizer", {"kind": "char", "alphabet": ""}),
+    ("tokenizer", {"kind": "sentencepiece", "model": "none"}),
 ])
-def test_meta_json_that_does_not_fit(message, name, value, trained, capsys):
+def test_meta_json_that_does_not_fit(name, value, trained, capsys):
     content = json.loads(META.read_text(encoding="utf-8"))
     put(content, name, value)
     META.write_text(json.dumps(content), encoding="utf-8")
-    harmless(train_gpt2, RUN, message, capsys)
+    harmless(train_gpt2, RUN, "meta.json", capsys)
 
 
 # ---- Checkpoints ----
