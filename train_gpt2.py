@@ -243,7 +243,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # ReLU: max(0, x). GELU is smoother; GPT-2 takes tanh for it (Hendrycks & Gimpel 2016, 2)
+        # ReLU: max(0, x). GELU is smoother; GPT-2 has it by tanh (Hendrycks & Gimpel 2016, 2)
         acts = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "gelu_exact": nn.GELU()}
         self.act = acts[config.activation]
         self.dropout = nn.Dropout(config.dropout)
@@ -629,7 +629,8 @@ FREE_SETTINGS = """preset out_dir overwrite resume compare device max_minutes co
 # Settings that make losses at the same step incomparable, or as different as two seeds are
 UNFAIR = "max_steps warmup_steps min_lr seed data_dir block_size".split() + BATCH_SETTINGS
 # The fields of a model's shape, which its weights decide
-SHAPE = GPTConfig.__dataclass_fields__.keys() - {"vocab_size", "block_size", "dropout", "attention"}
+SHAPE = [name for name in GPTConfig.__dataclass_fields__
+         if name not in ("vocab_size", "block_size", "dropout", "attention")]
 TIME_IS_UP = 1  # the "signal" of max_minutes
 
 
