@@ -308,6 +308,15 @@ def reader_of(path):
     return READERS.get(unpacked(path).suffix.lower(), read_text)
 
 
+def why_no_file(path):
+    if os.path.isdir(path):
+        return f"a folder: its files are {os.path.join(path, '*.txt')}"
+    if os.path.exists(path):
+        return "a device, no file"
+    near = get_close_matches(path, [*OURS, *OPENAI_NAMES], 1)
+    return f"no such file, did you mean {near[0]}" if near else "no such file"
+
+
 def find_files(words):
     """The files that paths and patterns name; [] for a data set that is not files."""
     if words[0] in OURS or HUB_NAME.fullmatch(words[0]):
@@ -320,14 +329,9 @@ def find_files(words):
             paths += sorted(glob.glob(word, recursive=True)) or [word]
     for path in paths:
         if not os.path.isfile(path):
-            what = "a folder or device, no file" if os.path.exists(path) else "no such file"
-            if os.path.isdir(path):
-                what = f"a folder: its files are {os.path.join(path, '*.txt')}"
-            for near in get_close_matches(path, [*OURS, *OPENAI_NAMES], 1):
-                what = f"no such file, did you mean {near}"
-            raise UserError(f"cannot read {path} ({what}): name files, hf:OWNER/NAME (a "
-                            "data set of the hub), model:OWNER/NAME (a GPT-2 there), or one of "
-                            f"{', '.join(OURS)}")
+            raise UserError(f"cannot read {path} ({why_no_file(path)}): name files, "
+                            "hf:OWNER/NAME (a data set of the hub), model:OWNER/NAME (a GPT-2 "
+                            f"there), or one of {', '.join(OURS)}")
     readers = {*map(reader_of, paths)}
     if len(readers) > 1 or None in readers:
         raise UserError(f"{' '.join(words)} must be files of one kind: .txt, .parquet, or .jsonl "

@@ -428,7 +428,7 @@ def read_prompt(prompt):
             source = "stdin"
             return sys.stdin.read()
         if prompt.startswith("@"):
-            source = f"{prompt[1:]} (@ names a file)"
+            source = f"{prompt[1:] or 'no name'} (@ names a file)"
             # Bytes, since a text file would lose its \r
             return Path(os.path.expanduser(prompt[1:])).read_bytes().decode("utf-8-sig")
         # What this locale could not decode may be UTF-8

@@ -1,6 +1,6 @@
 """Train a GPT-2 from scratch, in one file. Its first part can be read in an evening.
 
-    python train_gpt2.py                              # offline, 3 minutes: learns little stories
+    python train_gpt2.py                              # offline, 2 minutes: learns little stories
     python train_gpt2.py --n_layer=4 --max_steps=500  # each setting below is also an option
     python train_gpt2.py --preset=gpt2                # after `python prepare_data.py fineweb_edu`
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset=gpt2  # on eight GPUs
@@ -243,7 +243,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        # ReLU: max(0, x). GELU is smoother; GPT-2 has it by tanh (Hendrycks & Gimpel 2016, 2)
+        # ReLU: max(0, x). GELU is smoother; GPT-2 computes it by tanh (Hendrycks & Gimpel 2016, 2)
         acts = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "gelu_exact": nn.GELU()}
         self.act = acts[config.activation]
         self.dropout = nn.Dropout(config.dropout)
@@ -782,7 +782,7 @@ class Run:
             more["progress"] = {
                 "tokens": self.tokens, "sizes": self.sizes, "seconds": self.seconds(),
                 "dtype": self.process.dtype_name(), "threads": self.process.threads,
-                "data": checksum(self.data.meta)}
+                "data": meta_checksum(self.data.meta)}
             settings = self.place.settings
             content = make_checkpoint(self.model, step, settings, self.best_val_loss) | more
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
@@ -1111,9 +1111,8 @@ def unreadable(folder):
 def other_run(s, runs, folder):
     """The folder to compare a run with: --compare, the first of the runs of its name, or
     out/<preset>."""
-    other = Path(s.compare or next(iter(runs), Path("out", s.preset)))
-    if other == folder:
-        other = Path("out", s.preset)
+    others = [run for run in runs if run != folder] + [Path("out", s.preset)]
+    other = Path(s.compare or others[0])
     if other.resolve() == folder.resolve() or not (s.compare or other.exists()):
         return None
     problem = unreadable(other)
@@ -1128,10 +1127,10 @@ def other_run(s, runs, folder):
 def has_other_data(found, s):
     """Was a checkpoint trained on other data than there is now? Older ones do not say."""
     then = found.get("progress", {}).get("data")
-    return then not in (None, checksum(open_data(s.data_dir).meta))
+    return then not in (None, meta_checksum(open_data(s.data_dir).meta))
 
 
-def checksum(meta):
+def meta_checksum(meta):
     """Of meta.json, which has a checksum of the text: other data, another number."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
@@ -1677,14 +1676,18 @@ def refuse_other_code(found, path):
 def config_in(found, path, **changes):
     """The GPTConfig in a checkpoint, parts of it changed. Raises UserError for an impossible one,
     and for one that only other code has."""
+    unknown = found["config"].keys() - GPTConfig.__dataclass_fields__.keys()
+    if unknown:
+        refuse_other_code(found, path)
+        raise not_valid(path, f"its config has {unknown}")
+    config = GPTConfig(**found["config"] | changes)
     try:
-        config = GPTConfig(**found["config"] | changes)
         check_ranges(config, vocab_size=(1, 2**24))
         check_shape(config)
-        return config
     except (TypeError, UserError) as error:
         refuse_other_code(found, path)
         raise not_valid(path, str(error)) from None
+    return config
 
 
 def shapes(weights):
@@ -1936,7 +1939,7 @@ def kernel_agrees(attention):
     """Does causal_attention compute the same with torch's kernel as without? An edit of its lines
     would be in force only where the kernel is not used."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), suppress(Exception):  # which the model itself will meet again
+    with torch.no_grad(), suppress(Exception):  # which the model will meet again
         q, k, v = torch.randn(3, 1, 2, 40, 8, generator=generator, device="cpu")
         for queries in (q, q[..., -1:, :]):  # a whole text, and a token behind a cache
             fused = attention(queries, k, v, flash=True)
@@ -1952,7 +1955,7 @@ def build_model(s, tokenizer, process):
         own = model.tokenizer or tokenizer
         if own.spec != tokenizer.spec or model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"{s.init_from} and {s.data_dir} have different tokenizers")
-        if model.code_difference and not s.eval_only and s.resume == "auto":
+        if model.code_difference and s.resume == "auto":
             process.say(f"note: {s.init_from} was trained by other code in "
                         f"{' and '.join(model.code_difference)}")
         if model.new_weights:
@@ -1992,9 +1995,10 @@ def check_shape(c):
     check_ranges(c, block_size=(1, 2**24), n_layer=(1, 1024), n_head=(1, 2**16), n_embd=(1, 2**16),
                  dropout=(0, 0.9999999))
     for name, kind in typing.get_type_hints(Settings).items():
-        value, among = getattr(c, name, None), typing.get_args(kind)
-        if typing.get_origin(kind) is Literal and hasattr(c, name) and value not in among:
-            raise UserError(f"{name} is {value!r}, none of {', '.join(map(str, among))}")
+        is_choice = typing.get_origin(kind) is Literal and hasattr(c, name)
+        if is_choice and getattr(c, name) not in typing.get_args(kind):
+            choices = ", ".join(map(str, typing.get_args(kind)))
+            raise UserError(f"{name} is {getattr(c, name)!r}, none of {choices}")
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd {c.n_embd} is not a multiple of n_head {c.n_head}")
     if c.pos_encoding == "sinusoidal" and c.n_embd % 2:
@@ -2150,11 +2154,9 @@ def in_words(found):
 
 def report_evaluation(s, process):
     data = open_data(s.data_dir)
+    # The loss would not be that of this code
+    refuse_other_code(read_checkpoint(s.init_from), s.init_from)
     model = build_model(s, data.tokenizer, process)
-    if model.code_difference:
-        raise UserError(f"{s.init_from} was trained by other code in "
-                        f"{' and '.join(model.code_difference)}, and its loss is not that of this "
-                        "code: put that back (the run's folder has its train_gpt2.py)")
     found = evaluate(model, open_rows(s, data, "val", None), s, process, data)
     found |= hellaswag_scores(model, process)
     process.say(f"{s.init_from} on {s.data_dir}: {in_words(found)}")
